@@ -24,17 +24,17 @@ def _fixed_seed():
 def golden():
     """Returns a loader of `.npz` files of reference numbers, by name.
 
-    The compact part lives in `tests/golden`; the rest is read from
-    `../shared/golden` where that exists, and its tests skip elsewhere.
+    The compact part lives in `tests/golden`; `complete=True` reads the whole
+    from `../shared/golden`, and skips where that does not exist.
     """
 
-    def load(name):
-        for folder in (
-            _ROOT / "tests" / "golden",
-            _ROOT.parent / "shared" / "golden",
-        ):
+    def load(name, complete=False):
+        folders = [_ROOT.parent / "shared" / "golden"]
+        if not complete:
+            folders.insert(0, _ROOT / "tests" / "golden")
+        for folder in folders:
             if (folder / name).exists():
                 return np.load(folder / name)
-        pytest.skip(f"{name} is neither in tests/golden nor ../shared/golden")
+        pytest.skip(f"{name} is not in {' or '.join(map(str, folders))}")
 
     return load
