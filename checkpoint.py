@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints and resume; encoders read back from run directories.
+
+A run directory (`model_dir`) holds `run.json`, which says what the run is
+(see `write_run`), and `ckpt-STEP` files, each the whole state of training.
+"""
+
+import json
+import os
+from typing import Any
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+import model
+
+_RUN_FILE = "run.json"
+# What TensorFlow raises for a truncated, damaged or half-deleted checkpoint.
+_DAMAGE = (
+    tf.errors.DataLossError,
+    tf.errors.OutOfRangeError,
+    tf.errors.NotFoundError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.FailedPreconditionError,
+)
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one run directory.
+
+    Attributes:
+        directory: the run directory.
+        step: int64 variable, optimizer steps done; saved with the rest.
+    """
+
+    def __init__(
+        self, directory: str, *, max_to_keep: int, **objects: Any
+    ) -> None:
+        """Prepares to save and restore.
+
+        Args:
+            directory: the run directory, made on the first save.
+            max_to_keep: older checkpoints are deleted.
+            **objects: trackable objects by name; all their variables exist.
+        """
+        self.directory = directory
+        self.step = tf.Variable(0, dtype=tf.int64, name="step")
+        self._checkpoint = tf.train.Checkpoint(step=self.step, **objects)
+        self._manager = tf.train.CheckpointManager(
+            self._checkpoint, directory, max_to_keep
+        )
+
+    @property
+    def latest(self) -> str | None:
+        """The newest checkpoint's file prefix; None where there is none."""
+        return self._manager.latest_checkpoint
+
+    def save(self, step: int) -> str:
+        """Writes the state after `step` steps; returns the file prefix."""
+        self.step.assign(step)
+        return self._manager.save(checkpoint_number=step)
+
+    def restore_latest(self) -> int:
+        """Restores the newest readable checkpoint.
+
+        A checkpoint that cannot be read, because the disk was full or the
+        machine died, is reported and the one before it is taken.
+
+        Returns:
+            The step it was saved at; 0 where the directory has none.
+
+        Raises:
+            ValueError: if there are checkpoints and none can be read, or one
+                belongs to other networks.
+        """
+        paths = self._manager.checkpoints
+        for path in reversed(paths):
+            try:
+                status = self._checkpoint.restore(path)
+                status.assert_existing_objects_matched()
+                status.assert_consumed()
+            except _DAMAGE as error:
+                logging.warning(
+                    "Checkpoint %s cannot be read (%s); trying the one before.",
+                    path,
+                    str(error).splitlines()[0],
+                )
+            except (AssertionError, ValueError) as error:
+                raise ValueError(
+                    f"Checkpoint {path} is of another run: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+            else:
+                return int(self.step)
+        if paths:
+            raise ValueError(
+                f"None of the {len(paths)} checkpoints in {self.directory} "
+                "can be read. Remove them to start again."
+            )
+        return 0
+
+
+def latest_checkpoint(path: str) -> str:
+    """Returns the checkpoint prefix that a directory or prefix names.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if tf.io.gfile.exists(f"{path}.index"):
+        return path
+    latest = tf.train.latest_checkpoint(path)
+    if latest is None:
+        what = (
+            "The directory holds no checkpoint"
+            if tf.io.gfile.isdir(path)
+            else "There is neither such a directory nor such a file"
+        )
+        raise ValueError(f"No checkpoint at {path!r}. {what}.")
+    return latest
+
+
+def checkpoint_step(path: str) -> int:
+    """Returns the optimizer step at which checkpoint `path` was saved."""
+    reader = tf.train.load_checkpoint(path)
+    return int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+def restore_networks(path: str, **networks: keras.Model) -> str:
+    """Restores the named networks, and nothing else, from a checkpoint.
+
+    Args:
+        path: a run directory (its newest checkpoint) or a file prefix.
+        **networks: keras models by their name in the checkpoint.
+
+    Returns:
+        The prefix that was read.
+
+    Raises:
+        ValueError: if a variable of `networks` is missing in the file or has
+            another shape there.
+    """
+    prefix = latest_checkpoint(path)
+    try:
+        status = tf.train.Checkpoint(**networks).restore(prefix)
+        status.assert_existing_objects_matched()
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"Checkpoint {prefix} does not fit the networks: "
+            f"{str(error).splitlines()[0]} Compare its run.json with the flags."
+        ) from error
+    # The rest of the file (optimizer, other heads) is not wanted here.
+    status.expect_partial()
+    for name, network in networks.items():
+        count = len(network.variables)
+        logging.info("Loaded %d/%d tensors of %s.", count, count, name)
+    return prefix
+
+
+def write_run(directory: str, run: dict[str, Any]) -> None:
+    """Writes what a run is: flags in force, architecture, versions."""
+    tf.io.gfile.makedirs(directory)
+    path = os.path.join(directory, _RUN_FILE)
+    # Readers, such as a second process that evaluates, never see half a file.
+    with tf.io.gfile.GFile(path + ".tmp", "w") as file:
+        json.dump(run, file, indent=2, sort_keys=True)
+    tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
+
+
+def read_run(path: str) -> dict[str, Any] | None:
+    """Returns the `run.json` of a run directory or checkpoint prefix.
+
+    Returns None where there is no such file.
+    """
+    directory = path if tf.io.gfile.isdir(path) else os.path.dirname(path)
+    file_name = os.path.join(directory, _RUN_FILE)
+    if not tf.io.gfile.exists(file_name):
+        return None
+    with tf.io.gfile.GFile(file_name) as file:
+        return json.load(file)
+
+
+def load_encoder(path: str, **architecture: Any) -> keras.Model:
+    """Returns the trained encoder of a run of this program.
+
+    Args:
+        path: a run directory or a checkpoint prefix in one.
+        **architecture: fields of `model.Architecture` that replace those in
+            the directory's `run.json`; all of them where it has none.
+
+    Returns:
+        keras.Model from float32 images `[n, h, w, c]` in [0, 1] to float32
+        features `[n, d]`; the normalisation of the run is inside.
+
+    Raises:
+        ValueError: if there is no checkpoint, or it does not fit.
+    """
+    run = read_run(path) or {"architecture": {}}
+    networks = model.build_networks(
+        model.Architecture(**{**run["architecture"], **architecture})
+    )
+    restore_networks(path, encoder=networks.encoder)
+    return model.encoder_of_images(networks)

@@ -1,0 +1,931 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image operations: crops on the host, augmentation of whole batches.
+
+`augment` turns a batch of uint8 images into one float32 view of each, inside
+a compiled step: static shapes, no loop and no branch per image, nothing that
+XLA cannot compile. `decode_crop` and `decode_center_crop` work on one encoded
+file at a time, inside `tf.data.Dataset.map`.
+
+Nothing here has a state. Every random number is a hash of a key, which names
+(seed, epoch, example, view), and of the number of the draw: a view does not
+depend on the rest of its batch, on the replica, or on restarts.
+
+Inside, images are float32 `[batch, height, channels, width]`, called rows:
+three channels as the innermost axis would leave most lanes of a vector unit
+idle, and a matrix multiplies this layout from either side without transposing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+BRIGHTNESS_MODES = ("multiplicative", "additive")
+
+# A box is rejected in about 6 % of the attempts with SimCLR's settings (no
+# more than 20 % for panoramas), so that 16 all fail for fewer than one in
+# 10^11 views.
+_CROP_ATTEMPTS = 16
+
+# Numbers of the draws of a view. Changing one changes every later run.
+(
+    _FLIP,
+    _JITTER,
+    _BRIGHTNESS,
+    _CONTRAST,
+    _SATURATION,
+    _HUE,
+    _GRAYSCALE,
+    _BLUR,
+    _BLUR_SIGMA,
+    _SOLARIZE,
+) = range(10)
+_ORDER = 16  # + the number of the colour operation
+_CROP = 32  # + 4 numbers an attempt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What one view of an image goes through, in this order.
+
+    Crop and resize, flip, colour jitter (four operations in random order,
+    each clipped to [0, 1]), grayscale, blur, solarize, normalize. The defaults
+    are SimCLR's at colour strength 1.
+
+    Attributes:
+        size: side of the square output, in pixels.
+        crop: False if the host has already cropped to `size`.
+        crop_area: smallest and largest share of the image in a crop.
+        crop_aspect: smallest and largest width / height of a crop.
+        crop_min_covered: crops of a smaller share of the image are redrawn;
+            `min_object_covered` of `tf.image.sample_distorted_bounding_box`.
+        flip_probability: of a left-right flip.
+        jitter_probability: of the four colour operations, together.
+        brightness: b; the image is multiplied by U(max(1 - b, 0), 1 + b), or
+            U(-b, b) is added to it, see `brightness_mode`.
+        brightness_mode: "multiplicative" (SimCLR) or "additive" (BYOL, and
+            SimCLR's first version).
+        contrast: c, at most 1; distances from the mean of each channel are
+            multiplied by U(1 - c, 1 + c).
+        saturation: s, at most 1; HSV saturation is multiplied by
+            U(1 - s, 1 + s). For three channels only, as hue and grayscale.
+        hue: h, at most 0.5; HSV hue is shifted by U(-h, h) full circles.
+        grayscale_probability: of the loss of all colour.
+        blur_probability: of a Gaussian blur of radius `size // 20` pixels.
+        blur_sigma: smallest and largest standard deviation of the Gaussian,
+            in pixels.
+        solarize_probability: of inverting the values of 0.5 and more.
+        mean: subtracted from each channel at the end; None leaves [0, 1].
+        std: each channel is divided by it, after `mean`.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    size: int
+    crop: bool = True
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_min_covered: float = 0.1
+    flip_probability: float = 0.5
+    jitter_probability: float = 0.8
+    brightness: float = 0.8
+    brightness_mode: str = "multiplicative"
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"`size` must be positive. Received: {self.size}")
+        if self.brightness_mode not in BRIGHTNESS_MODES:
+            raise ValueError(
+                f"`brightness_mode` must be one of {BRIGHTNESS_MODES}. "
+                f"Received: {self.brightness_mode!r}"
+            )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(
+                "`mean` and `std` must be given together. "
+                f"Received: mean={self.mean}, std={self.std}"
+            )
+        self._check_numbers()
+        self._check_ranges()
+
+    def _check_numbers(self) -> None:
+        """Raises if a probability or a strength is out of its range."""
+        largest = {"brightness": float("inf"), "hue": 0.5}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            limit = largest.get(field.name, 1.0)
+            if field.type is float and not 0 <= value <= limit:
+                raise ValueError(
+                    f"`{field.name}` must be between 0 and {limit}. "
+                    f"Received: {value}"
+                )
+
+    def _check_ranges(self) -> None:
+        """Raises if a (smallest, largest) pair is not one."""
+        largest = {"crop_area": 1.0}
+        for name in ("crop_area", "crop_aspect", "blur_sigma"):
+            low, high = getattr(self, name)
+            limit = largest.get(name, float("inf"))
+            if not 0 < low <= high <= limit:
+                raise ValueError(
+                    f"`{name}` must hold 0 < smallest <= largest <= {limit}. "
+                    f"Received: {(low, high)}"
+                )
+
+
+def simclr_augmentation(
+    size: int,
+    *,
+    strength: float = 1.0,
+    use_blur: bool = True,
+    **overrides: Any,
+) -> Augmentation:
+    """Returns SimCLR's augmentation, the same for both views.
+
+    Source: Chen et al., arXiv:2002.05709, appendix A; google-research/simclr,
+    tf2/data_util.py. Differs from it: sigma of the blur is drawn for each
+    image instead of once for a batch, so that a view does not depend on the
+    batch it is in.
+
+    Args:
+        size: side of the output, in pixels.
+        strength: of the colour jitter, between 0 and 1.25; SimCLR takes 1 for
+            ImageNet and 0.5 for CIFAR.
+        use_blur: SimCLR blurs ImageNet, and does not blur CIFAR.
+        **overrides: any field of `Augmentation`.
+    """
+    settings = {
+        "size": size,
+        "brightness": 0.8 * strength,
+        "contrast": 0.8 * strength,
+        "saturation": 0.8 * strength,
+        "hue": 0.2 * strength,
+        "blur_probability": 0.5 if use_blur else 0.0,
+    }
+    return Augmentation(**(settings | overrides))
+
+
+def byol_augmentation(
+    size: int, *, view: int, **overrides: Any
+) -> Augmentation:
+    """Returns BYOL's augmentation of one of the two views, not normalized.
+
+    Source: Grill et al., arXiv:2006.07733, table 6; deepmind-research,
+    byol/utils/augmentations.py. The paper draws the logarithm of the aspect
+    ratio of a crop uniformly; its code, and so do we, the ratio itself.
+
+    Args:
+        size: side of the output, in pixels.
+        view: 0 for the paper's T (always blurred), 1 for T' (rarely blurred,
+            sometimes solarized).
+        **overrides: any field of `Augmentation`.
+
+    Raises:
+        ValueError: if `view` is neither 0 nor 1.
+    """
+    if view not in (0, 1):
+        raise ValueError(f"`view` must be 0 or 1. Received: {view}")
+    settings = {
+        "size": size,
+        "brightness": 0.4,
+        "brightness_mode": "additive",
+        "contrast": 0.4,
+        "saturation": 0.2,
+        "hue": 0.1,
+        "blur_probability": (1.0, 0.1)[view],
+        "solarize_probability": (0.0, 0.2)[view],
+    }
+    return Augmentation(**(settings | overrides))
+
+
+# Random numbers.
+
+
+def example_keys(
+    seed: Any, epoch: Any, example_ids: Any, view: Any
+) -> tf.Tensor:
+    """Returns the keys of the views of some examples.
+
+    Args:
+        seed: integer, Python's or a scalar tensor.
+        epoch: integer, as `seed`, or one an example.
+        example_ids: integers `[batch]`, below 2^32.
+        view: integer, as `seed`.
+
+    Returns:
+        uint32 `[batch]`.
+    """
+    key = tf.zeros_like(_to_uint32(example_ids))
+    for part in (seed, epoch, example_ids, view):
+        key = _hash(key + _to_uint32(part))
+    return key
+
+
+def uniform(
+    keys: tf.Tensor, draw: Any, low: float = 0.0, high: float = 1.0
+) -> tf.Tensor:
+    """Returns random numbers, a function of the key and the draw's number.
+
+    Args:
+        keys: uint32, any shape.
+        draw: integer, Python's or a tensor that broadcasts with `keys`.
+        low: smallest number.
+        high: limit that is not reached (but for rounding).
+
+    Returns:
+        float32 in [low, high), multiples of 2^-24 before scaling.
+    """
+    # An odd constant far from 0 (2^32 / golden ratio), so that the draws of
+    # a key are not those of the next one.
+    bits = _hash(keys + _to_uint32(draw) * 0x9E3779B9)
+    unit = tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24
+    return low + unit * (high - low)
+
+
+def _hash(x: tf.Tensor) -> tf.Tensor:
+    """Returns a bijective hash of uint32 numbers that mixes all bits.
+
+    Source: "lowbias32" of Chris Wellons' hash-prospector (public domain):
+    murmur3's finalizer with constants found by search, which lower the bias
+    of how an input bit flips an output bit.
+    """
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, shift))
+        x *= factor
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, 16))
+
+
+def _to_uint32(x: Any) -> tf.Tensor:
+    """Returns integers modulo 2^32; Python's may be of any size."""
+    if isinstance(x, int):
+        return tf.constant(x % 2**32, tf.uint32)
+    return tf.cast(x, tf.uint32)
+
+
+def _happens(keys: tf.Tensor, draw: int, probability: float) -> tf.Tensor:
+    """Returns which images an operation applies to, bool `[batch,1,1,1]`."""
+    return _per_image(uniform(keys, draw) < probability)
+
+
+def _per_image(x: tf.Tensor) -> tf.Tensor:
+    """Returns `[batch]` as `[batch, 1, 1, 1]`."""
+    return x[:, tf.newaxis, tf.newaxis, tf.newaxis]
+
+
+# A view.
+
+
+def augment(
+    images: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns one random view of every image.
+
+    Args:
+        images: uint8, or float32 in [0, 1], `[batch, height, width,
+            channels]`; height and width are `augmentation.size` if
+            `augmentation.crop` is False.
+        keys: uint32 `[batch]` of `example_keys`.
+        augmentation: what is done; saturation, hue and grayscale are skipped
+            unless there are three channels.
+
+    Returns:
+        float32 `[batch, size, size, channels]` in [0, 1], before the
+        normalization if there is one.
+
+    Raises:
+        ValueError: if the images have another size than the one promised.
+    """
+    x = _to_rows(images)
+    x = _crop_or_check(x, keys, augmentation)
+    x = _random_flip(x, keys, augmentation)
+    # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip
+    # after the first colour operation, or to the one before the blur.
+    x = _random_color(x, keys, augmentation)
+    x = _random_blur(x, keys, augmentation)
+    x = _random_solarize(x, keys, augmentation)
+    x = _to_images(x)
+    if augmentation.mean is not None:
+        x = (x - tf.constant(augmentation.mean)) / augmentation.std
+    return x
+
+
+def eval_images(
+    images: tf.Tensor, size: int, *, crop_proportion: float | None = None
+) -> tf.Tensor:
+    """Returns images as they are evaluated: without anything random.
+
+    Source: google-research/simclr, tf2/data_util.py, `preprocess_for_eval`.
+
+    Args:
+        images: uint8, or float32 in [0, 1], `[batch, height, width,
+            channels]`.
+        size: side of the output, in pixels.
+        crop_proportion: side of the central square that is kept, relative to
+            the shorter side of the image (SimCLR: 0.875); None keeps all of
+            the image, whatever its aspect ratio.
+
+    Returns:
+        float32 `[batch, size, size, channels]` in [0, 1].
+    """
+    x = _to_rows(images)
+    _, height, _, width = x.shape
+    if crop_proportion is not None:
+        box = _center_box(height, width, crop_proportion)
+        x = crop_and_resize(x, box[tf.newaxis], size)
+    elif (height, width) != (size, size):
+        box = tf.constant([[0, 0, height, width]])
+        x = crop_and_resize(x, box, size)
+    return _to_images(tf.clip_by_value(x, 0.0, 1.0))
+
+
+def _to_rows(images: tf.Tensor) -> tf.Tensor:
+    """Returns float32 rows in [0, 1] of uint8 or float32 images."""
+    rows = tf.transpose(images, [0, 1, 3, 2])
+    return tf.image.convert_image_dtype(rows, tf.float32)
+
+
+def _to_images(x: tf.Tensor) -> tf.Tensor:
+    """Returns rows as images `[batch, height, width, channels]`."""
+    return tf.transpose(x, [0, 1, 3, 2])
+
+
+# Crop, resize, flip.
+
+
+def random_crop_boxes(
+    keys: tf.Tensor, height: Any, width: Any, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns a random crop box for each key.
+
+    Has the distribution of `tf.image.sample_distorted_bounding_box` for one
+    box around the whole image, as SimCLR and BYOL call it: the aspect ratio
+    is uniform, then the height is uniform among the integers that the limits
+    of the area allow, then the place. A box of too small or too large an area
+    is drawn again; if all attempts fail, the whole image is returned.
+
+    Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc,
+    including that the last row and column are out of reach unless the box is
+    as high or wide as the image.
+
+    Args:
+        keys: uint32 `[batch]`.
+        height: of the image in pixels, Python integer or scalar tensor.
+        width: as `height`.
+        augmentation: gives the limits of area and aspect ratio.
+
+    Returns:
+        int32 `[batch, 4]`: y, x, height, width in pixels.
+    """
+    full_height = tf.cast(height, tf.float32)
+    full_width = tf.cast(width, tf.float32)
+    draws = _CROP + 4 * tf.range(_CROP_ATTEMPTS)
+    keys = keys[:, tf.newaxis]
+
+    aspect = uniform(keys, draws, *augmentation.crop_aspect)
+    box_height, box_width, is_valid = _random_sides(
+        uniform(keys, draws + 1), aspect, full_height, full_width, augmentation
+    )
+    y = tf.floor(uniform(keys, draws + 2) * (full_height - box_height))
+    x = tf.floor(uniform(keys, draws + 3) * (full_width - box_width))
+
+    boxes = tf.stack([y, x, box_height, box_width], axis=-1)
+    first = tf.argmax(is_valid, axis=1, output_type=tf.int32)
+    boxes = tf.gather(boxes, first, axis=1, batch_dims=1)
+    found = tf.reduce_any(is_valid, axis=1, keepdims=True)
+    whole = tf.stack([0.0, 0.0, full_height, full_width])
+    return tf.cast(tf.where(found, boxes, whole), tf.int32)
+
+
+def _random_sides(
+    unit: tf.Tensor,
+    aspect: tf.Tensor,
+    full_height: tf.Tensor,
+    full_width: tf.Tensor,
+    augmentation: Augmentation,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns heights and widths of boxes, and which of them are allowed.
+
+    Args:
+        unit: float32 in [0, 1), any shape; the place of the height between
+            its limits.
+        aspect: float32, shape of `unit`; width / height.
+        full_height: float32 scalar, of the image, pixels.
+        full_width: as `full_height`.
+        augmentation: gives the limits of the area.
+
+    Returns:
+        float32 whole numbers, float32 whole numbers, bool; shape of `unit`.
+    """
+    full_area = full_height * full_width
+    min_area, max_area = (s * full_area for s in augmentation.crop_area)
+
+    lowest = tf.round(tf.sqrt(min_area / aspect))
+    highest = tf.round(tf.sqrt(max_area / aspect))
+    is_wide = tf.round(highest * aspect) > full_width
+    highest = tf.where(is_wide, tf.floor((full_width + 0.5) / aspect), highest)
+    highest = tf.minimum(highest, full_height)
+    lowest = tf.minimum(lowest, highest)
+
+    height = lowest + tf.floor(unit * (highest - lowest + 1.0))
+    # Rounding may have missed the limits by a row.
+    height += tf.cast(height * tf.round(height * aspect) < min_area, tf.float32)
+    height -= tf.cast(height * tf.round(height * aspect) > max_area, tf.float32)
+    width = tf.round(height * aspect)
+    area = height * width
+    is_valid = (
+        (area >= tf.maximum(min_area, 1.0))
+        & (area >= augmentation.crop_min_covered * full_area)
+        & (area <= max_area)
+        & (height <= full_height)
+        & (width <= full_width)
+    )
+    return height, width, is_valid
+
+
+def crop_and_resize(x: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
+    """Returns crops, resized as by `tf.image.resize(..., "bicubic")`.
+
+    Separable resampling is a product with a matrix from each side; the crop
+    is in the matrices, so that shapes do not depend on the boxes.
+
+    Args:
+        x: float32 `[batch, height, channels, width]`.
+        boxes: int32 `[batch, 4]` or `[1, 4]`: y, x, height, width in pixels.
+        size: side of the output, in pixels.
+
+    Returns:
+        float32 `[batch, size, channels, size]`; may exceed the range of `x`.
+    """
+    top, left, height, width = tf.unstack(tf.cast(boxes, tf.float32), axis=1)
+    rows = _resampling_matrix(top, height, x.shape[1], size)
+    columns = _resampling_matrix(left, width, x.shape[3], size)
+    return _separable(x, rows, columns)
+
+
+def _resampling_matrix(
+    start: tf.Tensor, length: tf.Tensor, full_length: int, size: int
+) -> tf.Tensor:
+    """Returns matrices that resample a part of an axis to `size` points.
+
+    Half-pixel centres, Keys' cubic convolution with a = -0.5, weights outside
+    of the part set to 0 and the rest normalized to a sum of 1.
+
+    Source: tensorflow/core/kernels/image/resize_bicubic_op.cc.
+
+    Args:
+        start: float32 `[batch]`, the first pixel of the part.
+        length: float32 `[batch]`, pixels in the part.
+        full_length: pixels along the axis.
+        size: points along the axis afterwards.
+
+    Returns:
+        float32 `[batch, size, full_length]`.
+    """
+    start = start[:, tf.newaxis, tf.newaxis]
+    length = length[:, tf.newaxis, tf.newaxis]
+    centre = tf.range(size, dtype=tf.float32)[:, tf.newaxis] + 0.5
+    centre = centre * (length / size) - 0.5
+    # TensorFlow reads its weights from a table of 1024 places a pixel.
+    centre = start + tf.round(centre * 1024.0) / 1024.0
+    pixel = tf.range(full_length, dtype=tf.float32)
+    weights = _cubic_kernel(tf.abs(pixel - centre))
+    inside = (pixel >= start) & (pixel < start + length)
+    weights = tf.where(inside, weights, 0.0)
+    return weights / tf.reduce_sum(weights, axis=-1, keepdims=True)
+
+
+def _cubic_kernel(d: tf.Tensor) -> tf.Tensor:
+    """Returns Keys' kernel with a = -0.5 at the distances d >= 0."""
+    near = (1.5 * d - 2.5) * d * d + 1.0
+    far = ((-0.5 * d + 2.5) * d - 4.0) * d + 2.0
+    return tf.where(d < 1.0, near, tf.where(d < 2.0, far, 0.0))
+
+
+def _separable(x: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
+    """Returns `rows @ x @ columns^T` for each image and channel.
+
+    Args:
+        x: float32 `[batch, height, channels, width]`.
+        rows: float32 `[batch or 1, new_height, height]`.
+        columns: float32 `[batch or 1, new_width, width]`.
+
+    Returns:
+        float32 `[batch, new_height, channels, new_width]`.
+    """
+    new_height, new_width = rows.shape[1], columns.shape[1]
+    _, height, channels, width = x.shape
+    x = tf.reshape(x, [-1, height * channels, width])
+    x = tf.matmul(x, columns, transpose_b=True)
+    x = tf.reshape(x, [-1, height, channels * new_width])
+    x = tf.matmul(rows, x)
+    return tf.reshape(x, [-1, new_height, channels, new_width])
+
+
+def _center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
+    """Returns SimCLR's central square crop, int32 `[4]`: y, x, h, w."""
+    shorter = tf.cast(tf.minimum(height, width), tf.float32)
+    side = tf.cast(tf.round(proportion * shorter), tf.int32)
+    y, x = (height - side + 1) // 2, (width - side + 1) // 2
+    return tf.stack([y, x, side, side])
+
+
+def _crop_or_check(
+    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns random crops, or `x` if the host has cropped already."""
+    size = augmentation.size
+    _, height, _, width = x.shape
+    if augmentation.crop:
+        boxes = random_crop_boxes(keys, height, width, augmentation)
+        return crop_and_resize(x, boxes, size)
+    if (height, width) != (size, size):
+        raise ValueError(
+            f"Without `crop`, images must be {size} x {size} pixels. "
+            f"Received: {height} x {width}"
+        )
+    return x
+
+
+def _random_flip(
+    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns rows, some images mirrored left to right."""
+    flips = _happens(keys, _FLIP, augmentation.flip_probability)
+    return tf.where(flips, tf.reverse(x, [3]), x)
+
+
+# Colour. Functions of planes: a list of float32 `[batch, pixels]`, one for
+# each channel. XLA makes one loop of a chain of operations on planes; on
+# stacked channels, each operation would be a loop of its own, and write its
+# result to memory.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """A colour operation and what each image of the batch draws for it.
+
+    Attributes:
+        function: `function(planes, amount)` -> planes.
+        amount: float32 `[batch, 1]`.
+        order: float32 as `amount`; the lowest goes first.
+        active: bool as `amount`; where False the image stays as it is.
+    """
+
+    function: Callable[[list[tf.Tensor], tf.Tensor], list[tf.Tensor]]
+    amount: tf.Tensor
+    order: tf.Tensor
+    active: tf.Tensor
+
+    def __call__(self, planes: list[tf.Tensor]) -> list[tf.Tensor]:
+        changed = self.function(planes, self.amount)
+        return [
+            tf.where(self.active, tf.clip_by_value(new, 0.0, 1.0), old)
+            for new, old in zip(changed, planes, strict=True)
+        ]
+
+    def where(self, condition: tf.Tensor) -> "_Operation":
+        """Returns the operation, active on fewer images."""
+        return dataclasses.replace(self, active=self.active & condition)
+
+
+def _random_color(
+    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns rows in [0, 1] after colour jitter and loss of colour."""
+    _, height, channels, width = x.shape
+    x = tf.transpose(x, [0, 2, 1, 3])
+    x = tf.reshape(x, [-1, channels, height * width])
+    planes = tf.unstack(x, axis=1)
+    planes = _color_jitter(planes, keys, augmentation)
+    planes = _random_grayscale(planes, keys, augmentation)
+    x = tf.clip_by_value(tf.stack(planes, axis=1), 0.0, 1.0)
+    x = tf.reshape(x, [-1, channels, height, width])
+    return tf.transpose(x, [0, 2, 1, 3])
+
+
+def _color_jitter(
+    planes: list[tf.Tensor], keys: tf.Tensor, augmentation: Augmentation
+) -> list[tf.Tensor]:
+    """Returns planes after the colour operations, in random order."""
+    b, c = augmentation.brightness, augmentation.contrast
+    s, h = augmentation.saturation, augmentation.hue
+    brighten, b_range = scale_brightness, (max(1.0 - b, 0.0), 1.0 + b)
+    if augmentation.brightness_mode == "additive":
+        brighten, b_range = add_brightness, (-b, b)
+
+    # The dearest first, see `_in_random_order`.
+    table = [
+        (h, _HUE, shift_hue, (-h, h)),
+        (c, _CONTRAST, scale_contrast, (1.0 - c, 1.0 + c)),
+        (s, _SATURATION, scale_saturation, (1.0 - s, 1.0 + s)),
+        (b, _BRIGHTNESS, brighten, b_range),
+    ]
+    for_any_channels = (scale_contrast, brighten)
+    keys = keys[:, tf.newaxis]
+    operations = [
+        _Operation(
+            function=function,
+            amount=uniform(keys, draw, *amounts),
+            order=uniform(keys, _ORDER + draw),
+            active=uniform(keys, _JITTER) < augmentation.jitter_probability,
+        )
+        for strength, draw, function, amounts in table
+        if strength > 0 and (len(planes) == 3 or function in for_any_channels)
+    ]
+    return _in_random_order(planes, operations)
+
+
+def _in_random_order(
+    planes: list[tf.Tensor], operations: list[_Operation]
+) -> list[tf.Tensor]:
+    """Applies each operation once to each image, in the image's own order.
+
+    Every image goes through the same sequence: the others, the first, the
+    others again. One of the others is active before the first where its order
+    is lower, and after it elsewhere. So the first operation is computed
+    once, the second twice, the third four times ..., whatever the orders are.
+    """
+    if not operations:
+        return planes
+    first, *others = operations
+    before = [other.where(other.order < first.order) for other in others]
+    after = [other.where(other.order >= first.order) for other in others]
+    planes = _in_random_order(planes, before)
+    return _in_random_order(first(planes), after)
+
+
+def scale_brightness(
+    planes: list[tf.Tensor], factor: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns planes times `factor`, float32 `[batch, 1]`; not clipped."""
+    return [plane * factor for plane in planes]
+
+
+def add_brightness(
+    planes: list[tf.Tensor], delta: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns planes plus `delta`, float32 `[batch, 1]`; not clipped."""
+    return [plane + delta for plane in planes]
+
+
+def scale_contrast(
+    planes: list[tf.Tensor], factor: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns planes with the distances from their means times `factor`.
+
+    Source: `tf.image.adjust_contrast`.
+
+    Args:
+        planes: float32 `[batch, pixels]`, any number of channels.
+        factor: float32 `[batch, 1]`.
+
+    Returns:
+        As `planes`, not clipped.
+    """
+    x = tf.stack(planes, axis=1)
+    mean = tf.reduce_mean(x, axis=2, keepdims=True)
+    return tf.unstack(mean + factor[:, tf.newaxis] * (x - mean), axis=1)
+
+
+def scale_saturation(
+    planes: list[tf.Tensor], factor: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns planes with HSV saturation times `factor`, at most 1.
+
+    A colour keeps its largest channel, and the other two move away from it in
+    proportion; they reach 0 where saturation is 1.
+
+    Source: `tf.image.adjust_saturation`.
+
+    Args:
+        planes: three float32 `[batch, pixels]`.
+        factor: float32 `[batch, 1]`, not negative.
+
+    Returns:
+        As `planes`.
+    """
+    value, chroma = _value_and_chroma(planes)
+    factor = tf.minimum(factor, tf.math.divide_no_nan(value, chroma))
+    factor = tf.maximum(factor, 0.0)
+    return [value + factor * (plane - value) for plane in planes]
+
+
+def shift_hue(planes: list[tf.Tensor], shift: tf.Tensor) -> list[tf.Tensor]:
+    """Returns planes with HSV hue shifted; value and saturation stay.
+
+    Source: `tf.image.adjust_hue`.
+
+    Args:
+        planes: three float32 `[batch, pixels]`.
+        shift: float32 `[batch, 1]`, full circles, between -1 and 1.
+
+    Returns:
+        As `planes`.
+    """
+    # Stacking makes XLA compute the planes once, not for each reader again.
+    red, green, blue = planes = tf.unstack(tf.stack(planes, axis=1), axis=1)
+    value, chroma = _value_and_chroma(planes)
+    # Hue in sixths of the circle: an offset for the largest channel, and a
+    # position between the other two.
+    red_is_max, green_is_max = red >= value, green >= value
+    offset = tf.where(red_is_max, 0.0, tf.where(green_is_max, 2.0, 4.0))
+    difference = tf.where(green_is_max, blue - red, red - green)
+    difference = tf.where(red_is_max, green - blue, difference)
+    hue = offset + tf.math.divide_no_nan(difference, chroma) + 6.0 * shift
+
+    def channel(sector: float) -> tf.Tensor:
+        position = sector + hue
+        # `tf.math.floormod` would take longer than all the rest of this.
+        position -= 6.0 * tf.floor(position / 6.0)
+        ramp = tf.minimum(position, 4.0 - position)
+        return value - chroma * tf.clip_by_value(ramp, 0.0, 1.0)
+
+    return [channel(5.0), channel(3.0), channel(1.0)]
+
+
+def _value_and_chroma(
+    planes: list[tf.Tensor],
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the largest of three planes, and its distance to the smallest."""
+    red, green, blue = planes
+    value = tf.maximum(tf.maximum(red, green), blue)
+    return value, value - tf.minimum(tf.minimum(red, green), blue)
+
+
+def grayscale(planes: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns the luma of three planes, three times.
+
+    Source: weights of `tf.image.rgb_to_grayscale`.
+    """
+    red, green, blue = planes
+    return [0.2989 * red + 0.5870 * green + 0.1140 * blue] * 3
+
+
+def _random_grayscale(
+    planes: list[tf.Tensor], keys: tf.Tensor, augmentation: Augmentation
+) -> list[tf.Tensor]:
+    """Returns planes, some images without colour."""
+    probability = augmentation.grayscale_probability
+    if probability == 0 or len(planes) != 3:
+        return planes
+    fades = uniform(keys, _GRAYSCALE)[:, tf.newaxis] < probability
+    return [
+        tf.where(fades, gray, plane)
+        for gray, plane in zip(grayscale(planes), planes, strict=True)
+    ]
+
+
+# Blur, solarize.
+
+
+def gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
+    """Returns blurred rows; outside of the image is black.
+
+    Args:
+        x: float32 `[batch, height, channels, width]`.
+        sigma: float32 `[batch]`, standard deviation in pixels, positive.
+        radius: pixels to each side after which the Gaussian is cut off;
+            the weights within have a sum of 1.
+
+    Returns:
+        float32, shape of `x`.
+    """
+    rows, columns = (
+        _blur_matrix(sigma, radius, n) for n in (x.shape[1], x.shape[3])
+    )
+    return _separable(x, rows, columns)
+
+
+def _blur_matrix(sigma: tf.Tensor, radius: int, length: int) -> tf.Tensor:
+    """Returns Gaussian band matrices, float32 `[batch, length, length]`."""
+    sigma = sigma[:, tf.newaxis, tf.newaxis]
+    taps = tf.range(-radius, radius + 1, dtype=tf.float32)
+    total = tf.reduce_sum(_gaussian(taps, sigma), axis=-1, keepdims=True)
+    pixel = tf.range(length, dtype=tf.float32)
+    distance = tf.abs(pixel - pixel[:, tf.newaxis])
+    weights = tf.where(distance <= radius, _gaussian(distance, sigma), 0.0)
+    return weights / total
+
+
+def _gaussian(distance: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
+    """Returns the Gaussian of `distance`, 1 at its top."""
+    return tf.exp(-0.5 * tf.square(distance / sigma))
+
+
+def _random_blur(
+    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns rows in [0, 1], some images blurred."""
+    radius = augmentation.size // 20
+    if augmentation.blur_probability == 0 or radius == 0:
+        return x
+    blurs = _happens(keys, _BLUR, augmentation.blur_probability)
+    sigma = uniform(keys, _BLUR_SIGMA, *augmentation.blur_sigma)
+    blurred = gaussian_blur(x, sigma, radius)
+    # Rounding may exceed 1 by a last digit.
+    return tf.where(blurs, tf.minimum(blurred, 1.0), x)
+
+
+def _random_solarize(
+    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns rows, values of 0.5 and more inverted in some images."""
+    if augmentation.solarize_probability == 0:
+        return x
+    solarizes = _happens(keys, _SOLARIZE, augmentation.solarize_probability)
+    return tf.where(solarizes & (x >= 0.5), 1.0 - x, x)
+
+
+# Encoded files, one at a time, on the host.
+
+
+def decode_crop(
+    encoded: tf.Tensor,
+    key: tf.Tensor,
+    augmentation: Augmentation,
+    channels: int = 3,
+) -> tf.Tensor:
+    """Returns a random crop of an encoded image, resized; nothing else.
+
+    What follows (flip, colour, blur) is for `augment` with `crop=False`.
+
+    Args:
+        encoded: string scalar: JPEG, of which only the crop is decoded, or
+            PNG, BMP or GIF (its first frame).
+        key: uint32 scalar of `example_keys`.
+        augmentation: gives the limits of the crop and the size.
+        channels: 1 or 3.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+    """
+
+    def random_box(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+        keys = key[tf.newaxis]
+        return random_crop_boxes(keys, height, width, augmentation)[0]
+
+    image = _decode_box(encoded, random_box, channels)
+    return _resize_bytes(image, augmentation.size, channels)
+
+
+def decode_center_crop(
+    encoded: tf.Tensor,
+    size: int,
+    crop_proportion: float = 0.875,
+    channels: int = 3,
+) -> tf.Tensor:
+    """Returns the central square of an encoded image, resized.
+
+    Args:
+        encoded: string scalar, as in `decode_crop`.
+        size: side of the output, in pixels.
+        crop_proportion: side of the square, relative to the shorter side.
+        channels: 1 or 3.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+    """
+
+    def center_box(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+        return _center_box(height, width, crop_proportion)
+
+    image = _decode_box(encoded, center_box, channels)
+    return _resize_bytes(image, size, channels)
+
+
+def _decode_box(
+    encoded: tf.Tensor,
+    choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    channels: int,
+) -> tf.Tensor:
+    """Decodes the part of an image that `choose_box(height, width)` names."""
+
+    def decode_part() -> tf.Tensor:
+        shape = tf.io.extract_jpeg_shape(encoded)
+        box = choose_box(shape[0], shape[1])
+        return tf.io.decode_and_crop_jpeg(encoded, box, channels=channels)
+
+    def decode_whole() -> tf.Tensor:
+        image = tf.io.decode_image(encoded, channels, expand_animations=False)
+        shape = tf.shape(image)
+        box = choose_box(shape[0], shape[1])
+        return tf.image.crop_to_bounding_box(image, *tf.unstack(box))
+
+    return tf.cond(tf.io.is_jpeg(encoded), decode_part, decode_whole)
+
+
+def _resize_bytes(image: tf.Tensor, size: int, channels: int) -> tf.Tensor:
+    """Returns uint8 `[size, size, channels]`, by bicubic resampling."""
+    image = tf.image.resize(image, [size, size], tf.image.ResizeMethod.BICUBIC)
+    image = tf.saturate_cast(tf.round(image), tf.uint8)
+    return tf.ensure_shape(image, [size, size, channels])

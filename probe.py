@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a frozen encoder has learned, beside baselines that have not."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import data
+import data_util
+
+_BATCH_SIZE = 256
+# Inverse strengths of L2, from which held-out training examples choose.
+_INVERSE_L2 = (1e-3, 1e-2, 1e-1, 1.0)
+_HELD_OUT_SHARE = 0.2
+_MAX_TRAIN_EXAMPLES = 10_000
+
+
+def compute_features(
+    encoder: keras.Model | None, dataset: data.Dataset, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the features of all labelled images of a split, in order.
+
+    Args:
+        encoder: from float32 images `[n, s, s, c]` in [0, 1] to features;
+            None for the pixels themselves.
+        dataset: with labels.
+        image_size: side of the images, pixels.
+
+    Returns:
+        float32 `[N, d]` features and int `[N]` labels.
+    """
+
+    @tf.function
+    def compute(images: tf.Tensor) -> tf.Tensor:
+        images = data_util.eval_images(images, image_size)
+        if encoder is None:
+            return tf.reshape(images, [images.shape[0], -1])
+        return tf.cast(encoder(images, training=False), tf.float32)
+
+    features, labels = [], []
+    for batch in data.eval_stream(
+        dataset, batch_size=_BATCH_SIZE, image_size=image_size
+    ):
+        keep = (batch["weight"].numpy() > 0) & (batch["label"].numpy() >= 0)
+        features.append(compute(batch["image"]).numpy()[keep])
+        labels.append(batch["label"].numpy()[keep])
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def linear_accuracy(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    seed: int = 0,
+) -> float:
+    """Returns the test top-1 accuracy of multinomial logistic regression.
+
+    Features are standardised; the strength of L2 is chosen on held-out
+    training examples, never on test. More than 10,000 training examples are
+    sub-sampled.
+
+    Args:
+        train: features `[N, d]` and labels `[N]`.
+        test: the same.
+        seed: of the choice of training and held-out examples.
+
+    Returns:
+        Accuracy in [0, 1].
+    """
+    order = np.random.default_rng(seed).permutation(len(train[0]))
+    order = order[:_MAX_TRAIN_EXAMPLES]
+    split = int(len(order) * _HELD_OUT_SHARE)
+    held_out, rest = order[:split], order[split:]
+
+    def fit(rows: np.ndarray, inverse_l2: float) -> Pipeline:
+        classifier = make_pipeline(
+            StandardScaler(),
+            LogisticRegression(C=inverse_l2, max_iter=200, tol=1e-3),
+        )
+        return classifier.fit(train[0][rows], train[1][rows])
+
+    def held_out_accuracy(inverse_l2: float) -> float:
+        return fit(rest, inverse_l2).score(
+            train[0][held_out], train[1][held_out]
+        )
+
+    best = max(_INVERSE_L2, key=held_out_accuracy)
+    return float(fit(order, best).score(*test))
+
+
+def compare(
+    encoders: dict[str, keras.Model | None],
+    train_data: data.Dataset,
+    test_data: data.Dataset,
+    image_size: int,
+) -> dict[str, float]:
+    """Returns the linear top-1 accuracy on each encoder's features.
+
+    Args:
+        encoders: by the name to report; None stands for raw pixels.
+        train_data: with labels.
+        test_data: with the same classes.
+        image_size: side of the images, pixels.
+
+    Returns:
+        Accuracies in [0, 1], in the order of `encoders`.
+    """
+    accuracies = {}
+    for name, encoder in encoders.items():
+        train, test = (
+            compute_features(encoder, split, image_size)
+            for split in (train_data, test_data)
+        )
+        accuracies[name] = linear_accuracy(train, test)
+        logging.info("%s: linear top-1 %.1f %%", name, 100 * accuracies[name])
+    return accuracies
+
+
+def table(accuracies: dict[str, float], heading: str) -> str:
+    """Returns accuracies as aligned text, one a line."""
+    width = max(map(len, [heading, *accuracies]))
+    rows = [f"{heading:{width}}  linear top-1", "-" * (width + 14)]
+    rows += [f"{k:{width}}  {100 * v:10.1f} %" for k, v in accuracies.items()]
+    return "\n".join(rows)

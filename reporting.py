@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells: a progress line, TensorBoard events, JSON results."""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+from absl import logging
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer import event_file_writer
+
+_SECONDS_BETWEEN_LINES = 10.0
+# Shown in the progress line where a step reports them, under a short name.
+_HEADLINES = {
+    "contrastive_loss": "loss",
+    "loss": "loss",
+    "contrast_accuracy": "contrast",
+    "probe_top_1_accuracy": "probe",
+    "top_1_accuracy": "top-1",
+}
+
+
+class Reporter:
+    """Shows the progress of training and records its metrics.
+
+    Every point is written against the optimizer step. After a resume, points
+    of steps beyond the checkpoint are declared void, so that curves go on
+    where the restored state was.
+
+    Args:
+        directory: where TensorBoard events are written.
+        train_steps: optimizer steps in all.
+        batch_size: images a step.
+        num_examples: images an epoch.
+        summary_steps: steps between TensorBoard points; 0: none.
+        learning_rate: function of the step.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        train_steps: int,
+        batch_size: int,
+        num_examples: int,
+        summary_steps: int,
+        learning_rate: Any,
+    ) -> None:
+        self._directory = directory
+        self._train_steps = train_steps
+        self._batch_size = batch_size
+        self._num_examples = num_examples
+        self._summary_steps = summary_steps
+        self._learning_rate = learning_rate
+        self._writer = tf.summary.create_noop_writer()
+        self._bar: tqdm.tqdm | None = None
+        self._last_line = 0.0
+
+    def start(self, step: int) -> None:
+        """Begins, or goes on, at `step`."""
+        if self._summary_steps:
+            if step:
+                _void_events_after(self._directory, step)
+            self._writer = tf.summary.create_file_writer(self._directory)
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(
+                total=self._train_steps,
+                initial=step,
+                unit="step",
+                dynamic_ncols=True,
+            )
+
+    def views(self, views: list[np.ndarray], step: int) -> None:
+        """Records a grid of augmented images: one row an image.
+
+        Args:
+            views: one float32 `[n, s, s, c]` in [0, 1] a view; sizes may vary.
+            step: optimizer step at which such a batch is trained on.
+        """
+        with self._writer.as_default(step):
+            tf.summary.image("augmented_views", image_grid(views)[None])
+
+    def progress(
+        self,
+        step: int,
+        names: list[str],
+        history: np.ndarray,
+        seconds_a_step: float | None,
+    ) -> None:
+        """Shows and records the steps just done.
+
+        Args:
+            step: optimizer steps done in all.
+            names: of the metrics.
+            history: float32 `[steps, metrics]` of the steps up to `step`.
+            seconds_a_step: None while it is not known yet.
+        """
+        rate = self._batch_size / seconds_a_step if seconds_a_step else None
+        self._show(step, dict(zip(names, history[-1], strict=True)), rate)
+        if not self._summary_steps:
+            return
+        # The step's own values, no means: after a resume they are the same.
+        for done, row in enumerate(history, start=step - len(history) + 1):
+            if done % self._summary_steps == 0 or done == self._train_steps:
+                self._record(done, dict(zip(names, row, strict=True)), rate)
+
+    def flush(self) -> None:
+        """Makes sure that what was recorded is on disk."""
+        self._writer.flush()
+
+    def end(self) -> None:
+        """Finishes the line and the events."""
+        self._writer.close()
+        if self._bar:
+            self._bar.close()
+
+    def _record(
+        self, step: int, metrics: dict[str, float], rate: float | None
+    ) -> None:
+        with self._writer.as_default(step):
+            for name, value in metrics.items():
+                tf.summary.scalar(f"train/{name}", value)
+            # The rate that the step from `step - 1` to `step` used.
+            tf.summary.scalar(
+                "train/learning_rate", self._learning_rate(step - 1)
+            )
+            tf.summary.scalar(
+                "train/epoch", step * self._batch_size / self._num_examples
+            )
+            if rate:
+                tf.summary.scalar("train/images_per_second", rate)
+
+    def _show(
+        self, step: int, metrics: dict[str, float], rate: float | None
+    ) -> None:
+        epoch = step * self._batch_size / self._num_examples
+        words = [f"epoch {epoch:.2f}"]
+        if rate:
+            words.append(f"{rate:,.0f} images/s")
+        shown = {
+            short: metrics[name]
+            for name, short in reversed(_HEADLINES.items())
+            if name in metrics
+        }
+        words += [f"{name} {value:.4g}" for name, value in shown.items()]
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(words), refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        due = now - self._last_line >= _SECONDS_BETWEEN_LINES
+        if due or step == self._train_steps:
+            self._last_line = now
+            if rate:
+                left = (self._train_steps - step) * self._batch_size / rate
+                words.append(f"{_duration(left)} left")
+            logging.info(
+                "step %d/%d, %s", step, self._train_steps, ", ".join(words)
+            )
+
+
+def image_grid(views: list[np.ndarray]) -> np.ndarray:
+    """Returns one picture: a row for every image, a column for every view.
+
+    Args:
+        views: one float32 `[n, s, s, c]` in [0, 1] a view. Smaller views are
+            padded with white; more or fewer than 3 channels show as grey.
+
+    Returns:
+        float32 `[n * S, len(views) * S, 3]`, S the largest size.
+    """
+    size = max(view.shape[1] for view in views)
+    columns = []
+    for view in views:
+        if view.shape[-1] != 3:
+            view = np.repeat(view.mean(-1, keepdims=True), 3, axis=-1)
+        margin = size - view.shape[1]
+        pad = (margin // 2, margin - margin // 2)
+        view = np.pad(view, ((0, 0), pad, pad, (0, 0)), constant_values=1.0)
+        columns.append(view.reshape(-1, size, 3))
+    return np.concatenate(columns, axis=1)
+
+
+def write_result(directory: str, result: dict[str, Any], step: int) -> None:
+    """Writes `result.json`, `result_STEP.json` and TensorBoard's `eval` run."""
+    tf.io.gfile.makedirs(directory)
+    text = json.dumps(result, indent=2)
+    for name in ("result.json", f"result_{step}.json"):
+        with tf.io.gfile.GFile(os.path.join(directory, name), "w") as file:
+            file.write(text)
+    writer = tf.summary.create_file_writer(os.path.join(directory, "eval"))
+    with writer.as_default(step):
+        for name, value in result.items():
+            if isinstance(value, float):
+                tf.summary.scalar(f"eval/{name}", value)
+    writer.close()
+
+
+def _void_events_after(directory: str, step: int) -> None:
+    """Tells TensorBoard that points from `step` + 1 on will come again.
+
+    A session that starts at a step makes TensorBoard forget what an earlier
+    one, which was killed, had written from there on.
+    """
+    writer = event_file_writer.EventFileWriter(directory)
+    writer.add_event(
+        event_pb2.Event(
+            wall_time=time.time(),
+            step=step + 1,
+            session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+        )
+    )
+    writer.close()
+
+
+def _duration(seconds: float) -> str:
+    """Returns hours, minutes and seconds as `h:mm:ss`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rate and target decay: functions of the training step."""
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+_REFERENCE_BATCH_SIZE = 256  # images
+SCALINGS = ("linear", "sqrt", "none")
+
+
+def scaled_learning_rate(
+    base: float, batch_size: int, scaling: str = "linear"
+) -> float:
+    """Returns the peak learning rate for a batch size.
+
+    Source: Goyal et al., arXiv:1706.02677 (linear); google-research/simclr,
+    tf2/model.py (both). Note that sqrt counts images, not batches of 256.
+
+    Args:
+        base: learning rate before scaling.
+        batch_size: global batch size, in images.
+        scaling: "linear" (`base * batch_size / 256`), "sqrt"
+            (`base * sqrt(batch_size)`) or "none" (`base`).
+
+    Raises:
+        ValueError: if `scaling` is unknown.
+    """
+    if scaling == "linear":
+        return base * batch_size / _REFERENCE_BATCH_SIZE
+    if scaling == "sqrt":
+        return base * math.sqrt(batch_size)
+    if scaling == "none":
+        return base
+    raise ValueError(
+        f"`scaling` must be one of {SCALINGS}. Received: {scaling!r}."
+    )
+
+
+def train_steps(num_examples: int, epochs: int, batch_size: int) -> int:
+    """Returns the number of steps of a run, SimCLR's: one more than fit in."""
+    return num_examples * epochs // batch_size + 1
+
+
+def warmup_steps(
+    num_examples: int, warmup_epochs: float, batch_size: int
+) -> int:
+    """Returns the number of warm-up steps: the whole batches that fit in."""
+    return int(num_examples * warmup_epochs // batch_size)
+
+
+@keras.saving.register_keras_serializable(package="schedules")
+class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from 0, then half a cosine down to 0, where it stays.
+
+    With `w = warmup_steps` and `T = total_steps`:
+
+        step < w:   peak * step / w
+        otherwise:  peak * (1 + cos(pi * (step - w) / (T - w))) / 2
+
+    Source: Loshchilov and Hutter, arXiv:1608.03983; the same as SimCLR's
+    `WarmUpAndCosineDecay` and BYOL's `learning_schedule`.
+
+    Args:
+        peak: learning rate at the end of the warm-up.
+        warmup_steps: number of steps with a growing rate; 0 for none.
+        total_steps: first step with rate 0, at least `warmup_steps`.
+
+    Raises:
+        ValueError: unless `0 <= warmup_steps <= total_steps`.
+    """
+
+    def __init__(self, peak: float, warmup_steps: int, total_steps: int):
+        if not 0 <= warmup_steps <= total_steps:
+            raise ValueError(
+                "`warmup_steps` must be in 0..`total_steps`. Received: "
+                f"warmup_steps={warmup_steps}, total_steps={total_steps}."
+            )
+        self.peak = peak
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """Returns the float32 learning rate of a step, counted from 0."""
+        step = ops.cast(step, "float32")
+        warmup = step / max(self.warmup_steps, 1)
+        cosine = _half_cosine(
+            step - self.warmup_steps, self.total_steps - self.warmup_steps
+        )
+        return self.peak * ops.where(step < self.warmup_steps, warmup, cosine)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {
+            "peak": self.peak,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.total_steps,
+        }
+
+
+def ema_decay(step: Any, total_steps: int, base: float) -> tf.Tensor:
+    """Returns the decay of the target network's average, from `base` to 1.
+
+    `1 - (1 - base) * (1 + cos(pi * step / total_steps)) / 2`; the target is
+    then `decay * target + (1 - decay) * online`.
+
+    Source: Grill et al. (BYOL), arXiv:2006.07733.
+
+    Args:
+        step: integer or integer tensor, counted from 0.
+        total_steps: step at which the decay reaches 1, and stays there.
+        base: decay at step 0, in [0, 1].
+
+    Returns:
+        float32 scalar.
+    """
+    return 1.0 - (1.0 - base) * _half_cosine(step, total_steps)
+
+
+def _half_cosine(step: Any, total_steps: int) -> tf.Tensor:
+    """Returns 1 at step 0, falling to 0 at `total_steps`, constant outside."""
+    progress = ops.cast(step, "float32") / max(total_steps, 1)
+    return (1.0 + ops.cos(math.pi * ops.clip(progress, 0.0, 1.0))) / 2.0

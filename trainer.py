@@ -1,0 +1,690 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops: pretraining, fine-tuning, evaluation.
+
+One compiled loop runs a step on every replica, several times a call. A step
+maps a batch to its metrics and updates the networks; everything that differs
+between methods is a row of `METHODS`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+import data_util
+import lars_optimizer
+import model
+import objective
+import reporting
+import resnet
+import schedules
+from checkpoint import TrainingCheckpoints
+
+Batch = Mapping[str, tf.Tensor]
+Metrics = dict[str, tf.Tensor]
+Step = Callable[[Batch], Metrics]
+
+# A call of the compiled loop should take about this long, so that progress
+# shows and a signal is answered, yet the host is rarely in the way.
+_SECONDS_A_CALL = 2.0
+
+
+# Every critic's arguments, and the flags they come from.
+_CRITIC = {"temperature": "temperature", "hidden_norm": "hidden_norm"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is particular to one pretraining objective.
+
+    Attributes:
+        loss: `loss(z1, z2, gather=..., **hyperparameters)`, of `objective`.
+        hyperparameters: the loss's arguments, and the flags they come from.
+        defaults: values of flags that are left unset, by flag name.
+    """
+
+    loss: Callable[..., tf.Tensor]
+    hyperparameters: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: dict(_CRITIC)
+    )
+    defaults: Mapping[str, Any]
+
+
+# Temperatures and weights: SimCLR's are its tf2/run.py's; those of the RPC
+# family its gpu_pretrain_finetune_cifar.sh's (0.5 for all but RPC itself).
+METHODS: dict[str, Method] = {
+    "simclr": Method(
+        loss=objective.simclr_loss,
+        defaults={
+            "temperature": 0.1,
+            "hidden_norm": True,
+            "weight_decay": 1e-6,
+        },
+    ),
+    "rpc": Method(
+        loss=objective.rpc_loss,
+        hyperparameters={
+            **_CRITIC,
+            "alpha": "alpha",
+            "beta": "beta",
+            "gamma": "gamma",
+            "marginal_norm": "rpc_marginal_norm",
+        },
+        defaults={
+            "temperature": 128.0,
+            "hidden_norm": False,
+            "alpha": 0.0,
+            "beta": 0.001,
+            "gamma": 1.0,
+            "weight_decay": 1e-4,
+        },
+    ),
+    **{
+        name: Method(
+            loss=loss,
+            defaults={
+                "temperature": 0.5,
+                "hidden_norm": True,
+                "weight_decay": 1e-4,
+                **more,
+            },
+        )
+        for name, loss, more in (
+            ("dv", objective.dv_loss, {}),
+            ("nwj", objective.nwj_loss, {}),
+            ("js", objective.js_loss, {}),
+            # The weight of Gulrajani et al., arXiv:1704.00028.
+            ("wpc", objective.wpc_loss, {"gradient_penalty_weight": 10.0}),
+        )
+    },
+}
+ALIASES = {"chi": "rpc", "nce": "simclr"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What a training loop needs to know, resolved: no zeros for "unset".
+
+    Attributes:
+        train_mode: "pretrain" or "finetune".
+        objective: a row of `METHODS`, for pretraining.
+        hyperparameters: arguments of the objective's loss.
+        gradient_penalty_weight: of the critic's gradient; 0: none.
+        lineareval_while_pretraining: whether a linear classifier is trained
+            beside the networks, behind a stop-gradient.
+        views: one augmentation a view; one view for fine-tuning.
+        batch_size: images a step on all replicas together.
+        num_examples: images an epoch.
+        train_steps: optimizer steps in all.
+        warmup_steps: steps of linear warm-up.
+        peak_learning_rate: after warm-up, already scaled by the batch size.
+        optimizer: "lars", "momentum" or "adam".
+        lars_variant: "simclr" or "deepmind".
+        momentum: of lars and momentum.
+        weight_decay: of lars, and of the L2 loss of the other optimizers.
+        fine_tune_after_block: -1 trains all, 0 freezes the stem, 4 all but
+            the classifier.
+        checkpoint_steps: steps between checkpoints.
+        keep_checkpoint_max: older checkpoints are deleted.
+        summary_steps: steps between TensorBoard points; 0: none.
+        steps_per_loop: steps a call of the compiled loop; 0: as many as take
+            about two seconds.
+        jit_compile: whether the step is compiled by XLA.
+        seed: of data order and augmentation.
+    """
+
+    train_mode: str
+    objective: str
+    hyperparameters: Mapping[str, Any]
+    gradient_penalty_weight: float
+    lineareval_while_pretraining: bool
+    views: tuple[data_util.Augmentation, ...]
+    batch_size: int
+    num_examples: int
+    train_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+    optimizer: str
+    lars_variant: str
+    momentum: float
+    weight_decay: float
+    fine_tune_after_block: int
+    checkpoint_steps: int
+    keep_checkpoint_max: int
+    summary_steps: int
+    steps_per_loop: int
+    jit_compile: bool
+    seed: int
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss or a weight is no longer a finite number."""
+
+
+class Interrupted(Exception):
+    """A signal asked for an end; the state has been saved."""
+
+
+class Optimizers(NamedTuple):
+    """One optimizer for the networks, one for the linear classifier.
+
+    The classifier has its own so that LARS's rules (decay and trust ratio by
+    rank) need no exception by name: SimCLR trains its head without either.
+    """
+
+    networks: keras.optimizers.Optimizer
+    classifier: keras.optimizers.Optimizer
+
+
+def learning_rate_schedule(config: TrainConfig) -> schedules.WarmupCosine:
+    """Returns the learning rate as a function of the step, from 0."""
+    return schedules.WarmupCosine(
+        config.peak_learning_rate,
+        config.warmup_steps,
+        # Training may end within the warm-up, as in a trial of a few steps.
+        max(config.train_steps, config.warmup_steps),
+    )
+
+
+def build_optimizers(
+    config: TrainConfig, networks: model.Networks
+) -> Optimizers:
+    """Returns the optimizers with all their variables, to be made in scope."""
+    schedule = learning_rate_schedule(config)
+
+    def sgd(nesterov: bool) -> keras.optimizers.Optimizer:
+        return keras.optimizers.SGD(
+            schedule, momentum=config.momentum, nesterov=nesterov
+        )
+
+    optimizers = {
+        "lars": lambda: (
+            lars_optimizer.LARS(
+                schedule,
+                momentum=config.momentum,
+                l2=config.weight_decay,
+                variant=config.lars_variant,
+            ),
+            sgd(nesterov=False),
+        ),
+        "momentum": lambda: (sgd(nesterov=True), sgd(nesterov=True)),
+        "adam": lambda: (
+            keras.optimizers.Adam(schedule),
+            keras.optimizers.Adam(schedule),
+        ),
+    }
+    if config.optimizer not in optimizers:
+        raise ValueError(
+            f"`optimizer` must be one of {', '.join(optimizers)}. "
+            f"Received: {config.optimizer!r}."
+        )
+    pair = Optimizers(*optimizers[config.optimizer]())
+    pair.networks.build(_network_variables(config, networks))
+    pair.classifier.build(_classifier_variables(networks))
+    return pair
+
+
+def build_step(
+    config: TrainConfig, networks: model.Networks, optimizers: Optimizers
+) -> Step:
+    """Returns the step of `config.train_mode`, to be run on every replica."""
+    if config.train_mode == "finetune":
+        return _finetune_step(config, networks, optimizers)
+    return _pretrain_step(config, networks, optimizers)
+
+
+def _pretrain_step(
+    config: TrainConfig, networks: model.Networks, optimizers: Optimizers
+) -> Step:
+    loss_function = METHODS[config.objective].loss
+    critic = {name: config.hyperparameters[name] for name in _CRITIC}
+    variables = _network_variables(config, networks)
+    classifier_variables = (
+        _classifier_variables(networks)
+        if config.lineareval_while_pretraining
+        else []
+    )
+
+    def project(views: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        # One forward pass for all views, so that BatchNorm sees them together.
+        hidden = networks.projection(
+            networks.features(tf.concat(views, 0), training=True),
+            training=True,
+        )
+        selector = networks.architecture.ft_proj_selector
+        return tf.split(hidden[-1], len(views)), hidden[selector]
+
+    def step(batch: Batch) -> Metrics:
+        gather = _Gather()
+        views = make_views(batch, config.views, config.seed)
+        metrics = {}
+        with tf.GradientTape() as tape:
+            if config.gradient_penalty_weight:
+                with tf.GradientTape(
+                    watch_accessed_variables=False
+                ) as critic_tape:
+                    critic_tape.watch(views)
+                    projections, features = project(views)
+                    scores = objective.positive_scores(*projections, **critic)
+                metrics["gradient_penalty"] = objective.gradient_penalty(
+                    *critic_tape.gradient(scores, views)
+                )
+                loss = (
+                    config.gradient_penalty_weight * metrics["gradient_penalty"]
+                )
+            else:
+                projections, features = project(views)
+                loss = 0.0
+            metrics["contrastive_loss"] = loss_function(
+                *projections, gather=gather, **config.hyperparameters
+            )
+            loss += metrics["contrastive_loss"]
+            if config.optimizer != "lars":
+                loss += _decay_loss(config, variables)
+            metrics = {"loss": loss, **metrics}
+            probe_loss = 0.0
+            if classifier_variables:
+                labels = tf.tile(batch["label"], [len(views)])
+                probe = _classification(
+                    networks.classifier(tf.stop_gradient(features)), labels
+                )
+                metrics |= {f"probe_{k}": v for k, v in probe.items()}
+                probe_loss = probe["loss"] + _decay_loss(
+                    config, classifier_variables
+                )
+            share = _replica_share(loss, probe_loss)
+        _apply_gradients(
+            tape,
+            share,
+            [
+                (optimizers.networks, variables),
+                (optimizers.classifier, classifier_variables),
+            ],
+        )
+        return metrics | objective.contrastive_metrics(
+            *projections, gather=gather, **critic
+        )
+
+    return step
+
+
+def _finetune_step(
+    config: TrainConfig, networks: model.Networks, optimizers: Optimizers
+) -> Step:
+    groups = [
+        (optimizers.networks, _network_variables(config, networks)),
+        (optimizers.classifier, _classifier_variables(networks)),
+    ]
+
+    def step(batch: Batch) -> Metrics:
+        (images,) = make_views(batch, config.views, config.seed)
+        with tf.GradientTape() as tape:
+            metrics = _classification(
+                networks.logits(images, training=True), batch["label"]
+            )
+            decayed = [
+                variable
+                for optimizer, group in groups
+                # LARS decays what it trains by itself.
+                if not isinstance(optimizer, lars_optimizer.LARS)
+                for variable in group
+            ]
+            loss = metrics["loss"] + _decay_loss(config, decayed)
+            share = _replica_share(loss)
+        _apply_gradients(tape, share, groups)
+        return metrics | {"loss": loss}
+
+    return step
+
+
+def make_views(
+    batch: Batch, augmentations: tuple[data_util.Augmentation, ...], seed: int
+) -> list[tf.Tensor]:
+    """Returns one augmented view of every image an augmentation.
+
+    Args:
+        batch: of `data.train_stream`: `id` int64 `[b]`, `epoch` int32 `[b]`,
+            and `image` uint8 `[b, h, w, c]`, or, where the host has cropped
+            already, `crops`, uint8 `[b, views, s, s, c]` or one `[b, s, s, c]`
+            a view.
+        augmentations: one a view.
+        seed: of all draws.
+
+    Returns:
+        List of float32 `[b, size, size, c]` in [0, 1].
+    """
+    views = []
+    for index, augmentation in enumerate(augmentations):
+        if "image" in batch:
+            images = batch["image"]
+        else:
+            crops = batch["crops"]
+            same_size = not isinstance(crops, tuple)
+            images = crops[:, index] if same_size else crops[index]
+            augmentation = dataclasses.replace(augmentation, crop=False)
+        keys = data_util.example_keys(seed, batch["epoch"], batch["id"], index)
+        views.append(data_util.augment(images, keys, augmentation))
+    return views
+
+
+class _Gather:
+    """The `gather` of the objectives, by the replica context.
+
+    A tensor is gathered once however many objectives and metrics ask for it.
+    The gradient of a gathered row flows back to the replica that owns it.
+    """
+
+    def __init__(self) -> None:
+        self._context = tf.distribute.get_replica_context()
+        self._gathered: dict[Any, tf.Tensor] = {}
+
+    def __call__(self, z: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        num_replicas = self._context.num_replicas_in_sync
+        if num_replicas == 1:
+            return z, 0
+        if z.ref() not in self._gathered:
+            rows = self._context.all_gather(z, axis=0)
+            rows.set_shape([num_replicas * z.shape[0], *z.shape[1:]])
+            self._gathered[z.ref()] = rows
+        replica = tf.cast(self._context.replica_id_in_sync_group, tf.int32)
+        return self._gathered[z.ref()], replica * z.shape[0]
+
+
+def _replica_share(*losses: tf.Tensor) -> tf.Tensor:
+    """Returns this replica's part of the global mean loss.
+
+    Keras sums gradients over replicas: this is the one place that divides.
+    """
+    context = tf.distribute.get_replica_context()
+    return tf.add_n(losses) / context.num_replicas_in_sync
+
+
+def _apply_gradients(
+    tape: tf.GradientTape,
+    loss: tf.Tensor,
+    groups: list[tuple[keras.optimizers.Optimizer, list[tf.Variable]]],
+) -> None:
+    """Lets every optimizer update its variables."""
+    groups = [(optimizer, group) for optimizer, group in groups if group]
+    gradients = tape.gradient(loss, [group for _, group in groups])
+    for (optimizer, group), gradient in zip(groups, gradients, strict=True):
+        optimizer.apply_gradients(zip(gradient, group, strict=True))
+
+
+def _network_variables(
+    config: TrainConfig, networks: model.Networks
+) -> list[tf.Variable]:
+    if config.train_mode == "pretrain":
+        models = [networks.encoder, networks.projection]
+    else:
+        models = [networks.encoder, networks.projection_to_classifier]
+    return [v for m in models for v in m.trainable_variables]
+
+
+def _classifier_variables(networks: model.Networks) -> list[tf.Variable]:
+    classifier = networks.classifier
+    return classifier.trainable_variables if classifier else []
+
+
+def _decay_loss(config: TrainConfig, variables: list[tf.Variable]) -> tf.Tensor:
+    """Returns the L2 loss of kernels; BatchNorm and biases are spared."""
+    kernels = [v for v in variables if len(v.shape) > 1]
+    if not config.weight_decay or not kernels:
+        return tf.zeros([])
+    return config.weight_decay * tf.add_n([tf.nn.l2_loss(v) for v in kernels])
+
+
+def _classification(logits: tf.Tensor, labels: tf.Tensor) -> Metrics:
+    """Returns the mean cross-entropy and top-1/top-5 accuracy.
+
+    Rows without a label (-1) take no part.
+    """
+    weight = tf.cast(labels >= 0, tf.float32)
+    loss = weight * tf.nn.sparse_softmax_cross_entropy_with_logits(
+        tf.maximum(labels, 0), logits
+    )
+    labelled = tf.maximum(tf.reduce_sum(weight), 1.0)
+    # Of the loss the mean over all rows: a sum over replicas of means over
+    # each one's labelled rows would depend on how rows are spread over them.
+    return {"loss": tf.reduce_mean(loss)} | {
+        f"top_{k}_accuracy": tf.reduce_sum(weight * _in_top(k, logits, labels))
+        / labelled
+        for k in (1, 5)
+    }
+
+
+def _in_top(k: int, logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Returns float32 `[b]`, 1 where the label is among the k best."""
+    k = min(k, logits.shape[-1])
+    return tf.cast(
+        tf.math.in_top_k(tf.maximum(labels, 0), logits, k), tf.float32
+    )
+
+
+class CompiledLoop:
+    """Runs a step on every replica, several times a call.
+
+    Attributes:
+        names: names of the metrics, after the first call.
+    """
+
+    def __init__(
+        self, strategy: tf.distribute.Strategy, step: Step, jit_compile: bool
+    ) -> None:
+        self.names: list[str] = []
+
+        @tf.autograph.experimental.do_not_convert
+        def replica_step(batch: Batch) -> tf.Tensor:
+            metrics = step(batch)
+            self.names[:] = metrics
+            return tf.stack([tf.cast(v, tf.float32) for v in metrics.values()])
+
+        if jit_compile:
+            replica_step = tf.function(
+                replica_step, jit_compile=True, reduce_retracing=True
+            )
+
+        @tf.function
+        def loop(iterator: Iterator[Batch], num_steps: tf.Tensor) -> tf.Tensor:
+            history = tf.TensorArray(tf.float32, size=num_steps)
+            for i in tf.range(num_steps):
+                metrics = strategy.run(replica_step, (next(iterator),))
+                history = history.write(
+                    i, strategy.reduce("MEAN", metrics, axis=None)
+                )
+            return history.stack()
+
+        self._loop = loop
+
+    def __call__(self, iterator: Iterator[Batch], num_steps: int) -> np.ndarray:
+        """Runs `num_steps` steps.
+
+        Returns:
+            float32 `[num_steps, metrics]`, means over replicas.
+        """
+        return self._loop(iterator, tf.constant(num_steps)).numpy()
+
+
+def train(
+    config: TrainConfig,
+    networks: model.Networks,
+    optimizers: Optimizers,
+    make_stream: Callable[[int], tf.data.Dataset],
+    strategy: tf.distribute.Strategy,
+    checkpoints: TrainingCheckpoints,
+    reporter: "reporting.Reporter",
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Trains from the newest checkpoint to `config.train_steps`.
+
+    Args:
+        config: the run.
+        networks: made in the strategy's scope.
+        optimizers: of `build_optimizers`, made in the strategy's scope.
+        make_stream: from the first step to a (distributed) dataset of batches.
+        strategy: where the step runs.
+        checkpoints: of `networks` and `optimizers`.
+        reporter: shows and records what happens.
+        interrupted: tells whether to save and stop.
+
+    Raises:
+        TrainingDiverged: at the first loss or weight that is not finite; the
+            newest checkpoint is from before.
+        Interrupted: if `interrupted()`, after saving.
+    """
+    step = checkpoints.restore_latest()
+    reporter.start(step)
+    if step >= config.train_steps:
+        logging.info(
+            "Already trained: step %d of %d.", step, config.train_steps
+        )
+        return
+    iterator = iter(make_stream(step))
+    loop = CompiledLoop(
+        strategy, build_step(config, networks, optimizers), config.jit_compile
+    )
+    logging.info("Compiling the step (up to some minutes on a TPU) ...")
+    pace = _Pace(config.steps_per_loop)
+    while step < config.train_steps:
+        num_steps = min(pace.num_steps, _steps_to_save(config, step))
+        started = time.monotonic()
+        history = loop(iterator, num_steps)
+        pace.update(num_steps, time.monotonic() - started)
+        _check_finite(loop.names, history, step)
+        step += num_steps
+        reporter.progress(step, loop.names, history, pace.seconds_a_step)
+        stop = interrupted()
+        if stop or _steps_to_save(config, step - 1) == 1:
+            _check_finite_weights(networks, step)
+            checkpoints.save(step)
+            reporter.flush()
+        if stop and step < config.train_steps:
+            raise Interrupted(f"Saved at step {step} of {config.train_steps}.")
+    reporter.end()
+
+
+def _steps_to_save(config: TrainConfig, step: int) -> int:
+    """Returns the number of steps from `step` to the next checkpoint."""
+    to_checkpoint = config.checkpoint_steps - step % config.checkpoint_steps
+    return min(to_checkpoint, config.train_steps - step)
+
+
+class _Pace:
+    """How many steps a call should run, from how long they took.
+
+    The first call, which compiles, and the second, which warms up, do not
+    count.
+    """
+
+    def __init__(self, fixed: int) -> None:
+        self._fixed = fixed
+        self._calls = 0
+        self.num_steps = fixed or 1
+        self.seconds_a_step: float | None = None
+
+    def update(self, num_steps: int, seconds: float) -> None:
+        self._calls += 1
+        if self._calls <= 2:
+            return
+        self.seconds_a_step = seconds / num_steps
+        if not self._fixed:
+            self.num_steps = max(1, int(_SECONDS_A_CALL / self.seconds_a_step))
+
+
+def _check_finite(names: list[str], history: np.ndarray, step: int) -> None:
+    """Raises TrainingDiverged for the first metric that is not finite."""
+    bad = np.argwhere(~np.isfinite(history))
+    if not len(bad):
+        return
+    row, column = bad[0]
+    loss = names.index("loss")
+    before = ", ".join(f"{value:.4g}" for value in history[:row, loss][-5:])
+    raise TrainingDiverged(
+        f"{names[column]} is {history[row, column]} at step {step + row + 1}. "
+        f"Losses before: {before or 'none in this call'}. Likely causes: a "
+        "learning rate too high or a warm-up too short for this batch size; "
+        "a temperature too low; for rpc and nwj, which are unbounded in the "
+        "scores, too small a gamma. The newest checkpoint is from before."
+    )
+
+
+def _check_finite_weights(networks: model.Networks, step: int) -> None:
+    """Raises TrainingDiverged rather than let a ruined state be saved."""
+    variables = [v for m in networks.trackables().values() for v in m.variables]
+    for variable in variables:
+        if not np.isfinite(variable.numpy()).all():
+            raise TrainingDiverged(
+                f"{variable.path} is not finite after step {step}. The newest "
+                "checkpoint is from before. Lower the learning rate or "
+                "lengthen the warm-up."
+            )
+
+
+def evaluate(
+    networks: model.Networks,
+    stream: tf.data.Dataset,
+    image_size: int,
+    strategy: tf.distribute.Strategy,
+    crop_proportion: float | None,
+) -> dict[str, float]:
+    """Returns top-1/top-5 accuracy and cross-entropy of the classifier.
+
+    Args:
+        networks: with a classifier.
+        stream: of `data.eval_stream`, possibly distributed.
+        image_size: side of the images the encoder sees, pixels.
+        strategy: where the step runs.
+        crop_proportion: central share kept of in-memory images; None: all.
+
+    Returns:
+        `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and
+        `num_examples`.
+    """
+
+    def replica_step(batch: Batch) -> tf.Tensor:
+        images = data_util.eval_images(
+            batch["image"], image_size, crop_proportion=crop_proportion
+        )
+        logits = networks.logits(images, training=False)
+        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            tf.maximum(batch["label"], 0), logits
+        )
+        columns = [
+            _in_top(1, logits, batch["label"]),
+            _in_top(5, logits, batch["label"]),
+            loss,
+            tf.ones_like(loss),
+        ]
+        # Padding has weight 0.
+        return tf.linalg.matvec(tf.stack(columns), batch["weight"])
+
+    @tf.function
+    def run(batch: Batch) -> tf.Tensor:
+        totals = strategy.run(replica_step, (batch,))
+        return strategy.reduce("SUM", totals, axis=None)
+
+    totals = np.zeros(4)
+    for batch in stream:
+        totals += run(batch).numpy()
+    top_1, top_5, loss, count = totals
+    return {
+        "top_1_accuracy": top_1 / count,
+        "top_5_accuracy": top_5 / count,
+        "loss": loss / count,
+        "num_examples": int(count),
+    }
+
+
+def freeze(config: TrainConfig, networks: model.Networks) -> None:
+    """Freezes what `fine_tune_after_block` says, statistics included.
+
+    To be called before the optimizers are built.
+    """
+    resnet.freeze(networks.encoder, config.fine_tune_after_block)
+    if config.fine_tune_after_block == 4:
+        networks.projection_to_classifier.trainable = False
