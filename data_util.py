@@ -10,9 +10,8 @@ Nothing here has a state. Every random number is a hash of a key, which names
 (seed, epoch, example, view), and of the number of the draw: a view does not
 depend on the rest of its batch, on the replica, or on restarts.
 
-Inside, images are float32 `[batch, height, channels, width]`, called rows:
-three channels as the innermost axis would leave most lanes of a vector unit
-idle, and a matrix multiplies this layout from either side without transposing.
+Inside, images are float32 `[batch, channels, height, width]`: three channels
+as the innermost axis would leave most lanes of a vector unit idle.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ _CROP_ATTEMPTS = 16
     _SOLARIZE,
 ) = range(10)
 _ORDER = 16  # + the number of the colour operation
-_CROP = 32  # + 4 numbers an attempt
+_CROP = 32  # + 4 numbers an attempt; all above are drawn together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,16 +271,6 @@ def _to_uint32(x: Any) -> tf.Tensor:
     return tf.cast(x, tf.uint32)
 
 
-def _happens(keys: tf.Tensor, draw: int, probability: float) -> tf.Tensor:
-    """Returns which images an operation applies to, bool `[batch,1,1,1]`."""
-    return _per_image(uniform(keys, draw) < probability)
-
-
-def _per_image(x: tf.Tensor) -> tf.Tensor:
-    """Returns `[batch]` as `[batch, 1, 1, 1]`."""
-    return x[:, tf.newaxis, tf.newaxis, tf.newaxis]
-
-
 # A view.
 
 
@@ -305,15 +294,16 @@ def augment(
     Raises:
         ValueError: if the images have another size than the one promised.
     """
-    x = _to_rows(images)
+    x = _channels_first(images)
     x = _crop_or_check(x, keys, augmentation)
-    x = _random_flip(x, keys, augmentation)
+    draws = uniform(keys[:, tf.newaxis], tf.range(_CROP))
+    x = _random_flip(x, draws, augmentation)
     # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip
     # after the first colour operation, or to the one before the blur.
-    x = _random_color(x, keys, augmentation)
-    x = _random_blur(x, keys, augmentation)
-    x = _random_solarize(x, keys, augmentation)
-    x = _to_images(x)
+    x = _random_color(x, draws, augmentation)
+    x = _random_blur(x, draws, augmentation)
+    x = _random_solarize(x, draws, augmentation)
+    x = _channels_last(x)
     if augmentation.mean is not None:
         x = (x - tf.constant(augmentation.mean)) / augmentation.std
     return x
@@ -337,26 +327,26 @@ def eval_images(
     Returns:
         float32 `[batch, size, size, channels]` in [0, 1].
     """
-    x = _to_rows(images)
-    _, height, _, width = x.shape
+    x = _channels_first(images)
+    height, width = x.shape[2:]
     if crop_proportion is not None:
         box = _center_box(height, width, crop_proportion)
         x = crop_and_resize(x, box[tf.newaxis], size)
     elif (height, width) != (size, size):
         box = tf.constant([[0, 0, height, width]])
         x = crop_and_resize(x, box, size)
-    return _to_images(tf.clip_by_value(x, 0.0, 1.0))
+    return _channels_last(tf.clip_by_value(x, 0.0, 1.0))
 
 
-def _to_rows(images: tf.Tensor) -> tf.Tensor:
-    """Returns float32 rows in [0, 1] of uint8 or float32 images."""
-    rows = tf.transpose(images, [0, 1, 3, 2])
-    return tf.image.convert_image_dtype(rows, tf.float32)
+def _channels_first(images: tf.Tensor) -> tf.Tensor:
+    """Returns uint8 or float32 images as float32 in [0, 1], transposed."""
+    x = tf.transpose(images, [0, 3, 1, 2])
+    return tf.image.convert_image_dtype(x, tf.float32)
 
 
-def _to_images(x: tf.Tensor) -> tf.Tensor:
-    """Returns rows as images `[batch, height, width, channels]`."""
-    return tf.transpose(x, [0, 1, 3, 2])
+def _channels_last(x: tf.Tensor) -> tf.Tensor:
+    """Returns `x` as `[batch, height, width, channels]`."""
+    return tf.transpose(x, [0, 2, 3, 1])
 
 
 # Crop, resize, flip.
@@ -459,15 +449,15 @@ def crop_and_resize(x: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
     is in the matrices, so that shapes do not depend on the boxes.
 
     Args:
-        x: float32 `[batch, height, channels, width]`.
+        x: float32 `[batch, channels, height, width]`.
         boxes: int32 `[batch, 4]` or `[1, 4]`: y, x, height, width in pixels.
         size: side of the output, in pixels.
 
     Returns:
-        float32 `[batch, size, channels, size]`; may exceed the range of `x`.
+        float32 `[batch, channels, size, size]`; may exceed the range of `x`.
     """
     top, left, height, width = tf.unstack(tf.cast(boxes, tf.float32), axis=1)
-    rows = _resampling_matrix(top, height, x.shape[1], size)
+    rows = _resampling_matrix(top, height, x.shape[2], size)
     columns = _resampling_matrix(left, width, x.shape[3], size)
     return _separable(x, rows, columns)
 
@@ -515,20 +505,23 @@ def _separable(x: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
     """Returns `rows @ x @ columns^T` for each image and channel.
 
     Args:
-        x: float32 `[batch, height, channels, width]`.
+        x: float32 `[batch, channels, height, width]`.
         rows: float32 `[batch or 1, new_height, height]`.
         columns: float32 `[batch or 1, new_width, width]`.
 
     Returns:
-        float32 `[batch, new_height, channels, new_width]`.
+        float32 `[batch, channels, new_height, new_width]`.
     """
+    _, channels, height, width = x.shape
     new_height, new_width = rows.shape[1], columns.shape[1]
-    _, height, channels, width = x.shape
-    x = tf.reshape(x, [-1, height * channels, width])
+    # One product an image, not one a channel.
+    x = tf.reshape(
+        tf.transpose(x, [0, 2, 1, 3]), [-1, height * channels, width]
+    )
     x = tf.matmul(x, columns, transpose_b=True)
-    x = tf.reshape(x, [-1, height, channels * new_width])
-    x = tf.matmul(rows, x)
-    return tf.reshape(x, [-1, new_height, channels, new_width])
+    x = tf.matmul(rows, tf.reshape(x, [-1, height, channels * new_width]))
+    x = tf.reshape(x, [-1, new_height, channels, new_width])
+    return tf.transpose(x, [0, 2, 1, 3])
 
 
 def _center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
@@ -544,7 +537,7 @@ def _crop_or_check(
 ) -> tf.Tensor:
     """Returns random crops, or `x` if the host has cropped already."""
     size = augmentation.size
-    _, height, _, width = x.shape
+    height, width = x.shape[2:]
     if augmentation.crop:
         boxes = random_crop_boxes(keys, height, width, augmentation)
         return crop_and_resize(x, boxes, size)
@@ -557,11 +550,16 @@ def _crop_or_check(
 
 
 def _random_flip(
-    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+    x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
-    """Returns rows, some images mirrored left to right."""
-    flips = _happens(keys, _FLIP, augmentation.flip_probability)
-    return tf.where(flips, tf.reverse(x, [3]), x)
+    """Returns `x`, some images mirrored left to right."""
+    flips = draws[:, _FLIP] < augmentation.flip_probability
+    return tf.where(_per_image(flips), tf.reverse(x, [3]), x)
+
+
+def _per_image(x: tf.Tensor) -> tf.Tensor:
+    """Returns `[batch]` as `[batch, 1, 1, 1]`."""
+    return x[:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
 # Colour. Functions of planes: a list of float32 `[batch, pixels]`, one for
@@ -599,22 +597,20 @@ class _Operation:
 
 
 def _random_color(
-    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+    x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
-    """Returns rows in [0, 1] after colour jitter and loss of colour."""
-    _, height, channels, width = x.shape
-    x = tf.transpose(x, [0, 2, 1, 3])
-    x = tf.reshape(x, [-1, channels, height * width])
-    planes = tf.unstack(x, axis=1)
-    planes = _color_jitter(planes, keys, augmentation)
-    planes = _random_grayscale(planes, keys, augmentation)
+    """Returns `x` in [0, 1], after colour jitter and loss of colour."""
+    _, channels, height, width = x.shape
+    planes = tf.reshape(x, [-1, channels, height * width])
+    planes = tf.unstack(planes, axis=1)
+    planes = _color_jitter(planes, draws, augmentation)
+    planes = _random_grayscale(planes, draws, augmentation)
     x = tf.clip_by_value(tf.stack(planes, axis=1), 0.0, 1.0)
-    x = tf.reshape(x, [-1, channels, height, width])
-    return tf.transpose(x, [0, 2, 1, 3])
+    return tf.reshape(x, [-1, channels, height, width])
 
 
 def _color_jitter(
-    planes: list[tf.Tensor], keys: tf.Tensor, augmentation: Augmentation
+    planes: list[tf.Tensor], draws: tf.Tensor, augmentation: Augmentation
 ) -> list[tf.Tensor]:
     """Returns planes after the colour operations, in random order."""
     b, c = augmentation.brightness, augmentation.contrast
@@ -631,15 +627,15 @@ def _color_jitter(
         (b, _BRIGHTNESS, brighten, b_range),
     ]
     for_any_channels = (scale_contrast, brighten)
-    keys = keys[:, tf.newaxis]
+    draws = draws[:, :, tf.newaxis]
     operations = [
         _Operation(
             function=function,
-            amount=uniform(keys, draw, *amounts),
-            order=uniform(keys, _ORDER + draw),
-            active=uniform(keys, _JITTER) < augmentation.jitter_probability,
+            amount=low + draws[:, draw] * (high - low),
+            order=draws[:, _ORDER + draw],
+            active=draws[:, _JITTER] < augmentation.jitter_probability,
         )
-        for strength, draw, function, amounts in table
+        for strength, draw, function, (low, high) in table
         if strength > 0 and (len(planes) == 3 or function in for_any_channels)
     ]
     return _in_random_order(planes, operations)
@@ -732,8 +728,7 @@ def shift_hue(planes: list[tf.Tensor], shift: tf.Tensor) -> list[tf.Tensor]:
     Returns:
         As `planes`.
     """
-    # Stacking makes XLA compute the planes once, not for each reader again.
-    red, green, blue = planes = tf.unstack(tf.stack(planes, axis=1), axis=1)
+    red, green, blue = planes = _compute_once(planes)
     value, chroma = _value_and_chroma(planes)
     # Hue in sixths of the circle: an offset for the largest channel, and a
     # position between the other two.
@@ -753,6 +748,11 @@ def shift_hue(planes: list[tf.Tensor], shift: tf.Tensor) -> list[tf.Tensor]:
     return [channel(5.0), channel(3.0), channel(1.0)]
 
 
+def _compute_once(planes: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns the planes; XLA does not compute them for each reader again."""
+    return tf.unstack(tf.stack(planes, axis=1), axis=1)
+
+
 def _value_and_chroma(
     planes: list[tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -767,18 +767,18 @@ def grayscale(planes: list[tf.Tensor]) -> list[tf.Tensor]:
 
     Source: weights of `tf.image.rgb_to_grayscale`.
     """
-    red, green, blue = planes
+    red, green, blue = _compute_once(planes)
     return [0.2989 * red + 0.5870 * green + 0.1140 * blue] * 3
 
 
 def _random_grayscale(
-    planes: list[tf.Tensor], keys: tf.Tensor, augmentation: Augmentation
+    planes: list[tf.Tensor], draws: tf.Tensor, augmentation: Augmentation
 ) -> list[tf.Tensor]:
     """Returns planes, some images without colour."""
     probability = augmentation.grayscale_probability
     if probability == 0 or len(planes) != 3:
         return planes
-    fades = uniform(keys, _GRAYSCALE)[:, tf.newaxis] < probability
+    fades = draws[:, _GRAYSCALE, tf.newaxis] < probability
     return [
         tf.where(fades, gray, plane)
         for gray, plane in zip(grayscale(planes), planes, strict=True)
@@ -789,10 +789,10 @@ def _random_grayscale(
 
 
 def gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
-    """Returns blurred rows; outside of the image is black.
+    """Returns blurred images; outside of the image is black.
 
     Args:
-        x: float32 `[batch, height, channels, width]`.
+        x: float32 `[batch, channels, height, width]`.
         sigma: float32 `[batch]`, standard deviation in pixels, positive.
         radius: pixels to each side after which the Gaussian is cut off;
             the weights within have a sum of 1.
@@ -800,9 +800,7 @@ def gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     Returns:
         float32, shape of `x`.
     """
-    rows, columns = (
-        _blur_matrix(sigma, radius, n) for n in (x.shape[1], x.shape[3])
-    )
+    rows, columns = (_blur_matrix(sigma, radius, n) for n in x.shape[2:])
     return _separable(x, rows, columns)
 
 
@@ -823,27 +821,28 @@ def _gaussian(distance: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
 
 
 def _random_blur(
-    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+    x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
-    """Returns rows in [0, 1], some images blurred."""
+    """Returns `x` in [0, 1], some images blurred."""
     radius = augmentation.size // 20
     if augmentation.blur_probability == 0 or radius == 0:
         return x
-    blurs = _happens(keys, _BLUR, augmentation.blur_probability)
-    sigma = uniform(keys, _BLUR_SIGMA, *augmentation.blur_sigma)
+    blurs = _per_image(draws[:, _BLUR] < augmentation.blur_probability)
+    low, high = augmentation.blur_sigma
+    sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
     blurred = gaussian_blur(x, sigma, radius)
     # Rounding may exceed 1 by a last digit.
     return tf.where(blurs, tf.minimum(blurred, 1.0), x)
 
 
 def _random_solarize(
-    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+    x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
-    """Returns rows, values of 0.5 and more inverted in some images."""
+    """Returns `x`, values of 0.5 and more inverted in some images."""
     if augmentation.solarize_probability == 0:
         return x
-    solarizes = _happens(keys, _SOLARIZE, augmentation.solarize_probability)
-    return tf.where(solarizes & (x >= 0.5), 1.0 - x, x)
+    solarizes = draws[:, _SOLARIZE] < augmentation.solarize_probability
+    return tf.where(_per_image(solarizes) & (x >= 0.5), 1.0 - x, x)
 
 
 # Encoded files, one at a time, on the host.

@@ -74,6 +74,20 @@ def test_batch_norm_is_the_formula(shape, mode):
     )
 
 
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_a_large_mean_costs_no_precision_and_is_no_nan(mode):
+    x = _random(64, 8, 8, 4) + 1000
+    x[..., 0] = 1000  # nothing to normalize
+    layer = _layer(x)
+    layer.moving_mean.assign(tf.fill([4], 1001.0))
+    call = tf.function(layer, jit_compile=mode == "xla")
+    expected, mean, _ = _batch_norm(x, layer.gamma.numpy(), layer.beta.numpy())
+    np.testing.assert_allclose(call(x, training=True), expected, atol=1e-3)
+    np.testing.assert_allclose(
+        layer.moving_mean, 0.9 * 1001 + 0.1 * mean, rtol=1e-6
+    )
+
+
 def test_batch_norm_gradient_passes_through_the_statistics():
     x = _random(2, 3, 3, 4)
     weights = _random(2, 3, 3, 4)[::-1].copy()
@@ -292,11 +306,19 @@ def test_unsynchronized_replicas_agree_on_the_moving_statistics(
 def test_a_mean_far_from_zero_costs_no_precision(replicas, number):
     x = _replica_inputs()["large"]
     layer = _layer(x)
-    expected, _, _ = _batch_norm(x, layer.gamma.numpy(), layer.beta.numpy())
-    # Without the shift by the moving mean the error is about 0.1.
-    np.testing.assert_allclose(
-        replicas[number]["large_True_outputs"], expected, atol=1e-3
+    outputs, mean, variance = _batch_norm(
+        x, layer.gamma.numpy(), layer.beta.numpy()
     )
+    for key, expected, tolerance in (
+        # Without the shift by the moving mean the error is about 0.1.
+        ("outputs", outputs, 1e-3),
+        ("moving_mean", 0.9 * 1001 + 0.1 * mean, 1e-3),
+        ("moving_variance", 0.9 + 0.1 * variance, 1e-4),
+    ):
+        actual = replicas[number][f"large_True_{key}"]
+        np.testing.assert_allclose(
+            actual, np.broadcast_to(expected, actual.shape), atol=tolerance
+        )
 
 
 # --- Networks
@@ -315,14 +337,18 @@ def test_parameter_counts_are_the_references(arguments, count):
     assert _count(resnet.resnet(**arguments)) == count
 
 
-@pytest.mark.parametrize(
-    ("depth", "num_convolutions"),
-    # 1 stem, 4 shortcuts, and 2 or 3 a block.
-    [(10, 13), (18, 21), (34, 37), (101, 104), (152, 155), (200, 203)],
-)
-def test_depth_is_the_number_of_convolutions(depth, num_convolutions):
+@pytest.mark.parametrize("depth", resnet.DEPTHS)
+def test_depth_is_the_number_of_layers_in_sequence(depth):
+    blocks, bottleneck = resnet._ARCHITECTURES[depth]
+    # The stem's convolution and a classifier count as well.
+    assert depth == 2 + sum(blocks) * (3 if bottleneck else 2)
+
+
+@pytest.mark.parametrize("depth", [10, 34])
+def test_every_convolution_has_its_batch_norm(depth):
     model = resnet.resnet(depth, width_multiplier=0.125)
     layers = [type(layer) for layer in model.layers]
+    num_convolutions = depth - 1 + 4  # a shortcut in each group
     assert layers.count(keras.layers.Conv2D) == num_convolutions
     assert layers.count(resnet.GlobalBatchNorm) == num_convolutions
 
@@ -544,9 +570,7 @@ def test_momentum_and_global_bn_reach_every_layer():
 
 
 def test_a_model_comes_back_from_its_config_and_weights():
-    model = resnet.resnet(
-        50, width_multiplier=0.125, sk_ratio=0.1, se_ratio=0.1
-    )
+    model = resnet.resnet(**TINY, sk_ratio=0.1, se_ratio=0.1)
     copy = keras.Model.from_config(model.get_config())
     copy.set_weights(model.get_weights())
     images = _random(2, 32, 32, 3)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several replicas are the same computation as one, for every objective."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import trainer
+
+_TESTS = pathlib.Path(__file__).resolve().parent
+_CASES = [f"{name}:momentum" for name in trainer.METHODS]
+_CASES_OF_FOUR = ["rpc:lars", "dv:momentum"]
+
+
+def _start(num_replicas, folder, cases):
+    path = folder / f"{num_replicas}.npz"
+    process = subprocess.Popen(
+        [sys.executable, _TESTS / "replica_run.py", str(num_replicas), path]
+        + cases,
+        env={**os.environ, "PYTHONPATH": str(_TESTS.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return process, path
+
+
+def _finish(process, path):
+    _, log = process.communicate(timeout=500)
+    assert process.returncode == 0, log[-3000:]
+    return np.load(path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs on 1 and 2 replicas side by side, then that on 4."""
+    folder = tmp_path_factory.mktemp("replicas")
+    pair = [
+        _start(1, folder, sorted({*_CASES, *_CASES_OF_FOUR})),
+        _start(2, folder, _CASES),
+    ]
+    one, two = (_finish(*started) for started in pair)
+    return {1: one, 2: two, 4: _finish(*_start(4, folder, _CASES_OF_FOUR))}
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "case"),
+    [(2, case) for case in _CASES] + [(4, case) for case in _CASES_OF_FOUR],
+)
+def test_replicas_equal_one_device(runs, num_replicas, case):
+    """Metrics, weights and statistics: of step 1 to rounding.
+
+    Momentum's first step is the gradient times the learning rate. Later steps
+    amplify rounding through ReLU and BatchNorm of 16 images.
+    """
+    several, one = runs[num_replicas], runs[1]
+    compared = 0
+    for key in several:
+        if key.endswith("|names") or not key.startswith(f"{case}|"):
+            continue
+        _, what, step = key.split("|")
+        value, expected = several[key], one[key]
+        if what == "metrics":
+            share = 1e-5 if step == "1" else 1e-3
+            tolerance = {"rtol": share, "atol": share}
+        else:
+            share = 1e-5 if step == "1" else 1e-3
+            tolerance = {"rtol": 0, "atol": share * np.abs(expected).max()}
+            tolerance["atol"] += 1e-7
+        np.testing.assert_allclose(value, expected, **tolerance, err_msg=key)
+        compared += 1
+    assert compared > 60
+
+
+def test_weights_moved(runs):
+    """Otherwise the comparison above would compare nothing."""
+    one = runs[1]
+    for case in _CASES:
+        keys = [k for k in one if k.startswith(f"{case}|") and "kernel|1" in k]
+        assert keys
+        for key in keys:
+            last = one[key.removesuffix("1") + "3"]
+            assert np.abs(last - one[key]).max() > 0, key
