@@ -163,7 +163,7 @@ def simclr_augmentation(
         use_blur: SimCLR blurs ImageNet, and does not blur CIFAR.
         **overrides: any field of `Augmentation`.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "size": size,
         "brightness": 0.8 * strength,
         "contrast": 0.8 * strength,
@@ -194,7 +194,7 @@ def byol_augmentation(
     """
     if view not in (0, 1):
         raise ValueError(f"`view` must be 0 or 1. Received: {view}")
-    settings = {
+    settings: dict[str, Any] = {
         "size": size,
         "brightness": 0.4,
         "brightness_mode": "additive",
@@ -278,6 +278,9 @@ def augment(
     images: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
     """Returns one random view of every image.
+
+    Compile it with `tf.function(jit_compile=True)`, also where the step around
+    it is not compiled: unfused, it takes about three times as long on a CPU.
 
     Args:
         images: uint8, or float32 in [0, 1], `[batch, height, width,
@@ -615,7 +618,8 @@ def _color_jitter(
     """Returns planes after the colour operations, in random order."""
     b, c = augmentation.brightness, augmentation.contrast
     s, h = augmentation.saturation, augmentation.hue
-    brighten, b_range = scale_brightness, (max(1.0 - b, 0.0), 1.0 + b)
+    brighten: Callable = scale_brightness
+    b_range = (max(1.0 - b, 0.0), 1.0 + b)
     if augmentation.brightness_mode == "additive":
         brighten, b_range = add_brightness, (-b, b)
 

@@ -194,7 +194,13 @@ class Networks:
         return self.encoder(images, training=training)
 
     def logits(self, images: tf.Tensor, training: bool) -> tf.Tensor:
-        """Returns float32 `[n, num_classes]` of images as in `features`."""
+        """Returns float32 `[n, num_classes]` of images as in `features`.
+
+        Raises:
+            ValueError: if there is no classifier.
+        """
+        if self.classifier is None:
+            raise ValueError("There are no classes. Received: num_classes=0.")
         features = self.features(images, training)
         return self.classifier(
             self.projection_to_classifier(features, training=training)

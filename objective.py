@@ -20,6 +20,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 Gather = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+_Function = Callable[[tf.Tensor], tf.Tensor]
 
 _MASKED = -1e9  # a logit that no softmax sees; reference code's LARGE_NUM
 
@@ -40,7 +41,14 @@ class _Direction(NamedTuple):
     self_mask: tf.Tensor
 
 
-def simclr_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
+def simclr_loss(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+    gather: Gather | None = None,
+) -> tf.Tensor:
     """Returns the NT-Xent (InfoNCE, CPC) loss, summed over both directions.
 
     `mean_i -log(exp f_i+ / sum_j exp f_ij)` over the positive and all
@@ -77,17 +85,17 @@ def simclr_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
 
 
 def rpc_loss(
-    z1,
-    z2,
+    z1: tf.Tensor,
+    z2: tf.Tensor,
     *,
-    temperature,
-    alpha,
-    beta,
-    gamma,
-    hidden_norm=False,
-    gather=None,
-    marginal_norm="global",
-):
+    temperature: float,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    hidden_norm: bool = False,
+    gather: Gather | None = None,
+    marginal_norm: str = "global",
+) -> tf.Tensor:
     """Returns the negative relative predictive coding objective.
 
     `J = E_P[f] - alpha E_Q[f] - beta/2 E_P[f^2] - gamma/2 E_Q[f^2]`, P the
@@ -149,7 +157,14 @@ def rpc_loss(
     return -objective
 
 
-def wpc_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
+def wpc_loss(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+    gather: Gather | None = None,
+) -> tf.Tensor:
     """Returns the negative Wasserstein predictive coding critic difference.
 
     `-(E_P[f] - E_Q[f])`, the dual form of the Wasserstein distance between
@@ -186,7 +201,13 @@ def wpc_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
     )
 
 
-def positive_scores(z1, z2, *, temperature, hidden_norm=True):
+def positive_scores(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+) -> tf.Tensor:
     """Returns the critic `f(x_i, y_i)` of each positive pair.
 
     Args:
@@ -202,7 +223,7 @@ def positive_scores(z1, z2, *, temperature, hidden_norm=True):
     return tf.reduce_sum(z1 * z2, axis=1) / temperature
 
 
-def gradient_penalty(*gradients):
+def gradient_penalty(*gradients: tf.Tensor) -> tf.Tensor:
     """Returns `mean_i (|grad_i f| - 1)^2`, the penalty of a 1-Lipschitz critic.
 
     Source: Gulrajani et al., arXiv:1704.00028, equation 3. They evaluate it
@@ -227,7 +248,14 @@ def gradient_penalty(*gradients):
     return tf.reduce_mean(tf.square(tf.sqrt(squares + 1e-12) - 1.0))
 
 
-def js_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
+def js_loss(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+    gather: Gather | None = None,
+) -> tf.Tensor:
     """Returns the negative Jensen-Shannon bound on mutual information.
 
     `-(E_P[-softplus(-f)] - E_Q[softplus(f)])`, averaged over the directions.
@@ -257,7 +285,14 @@ def js_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
     )
 
 
-def nwj_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
+def nwj_loss(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+    gather: Gather | None = None,
+) -> tf.Tensor:
     """Returns the negative Nguyen-Wainwright-Jordan bound.
 
     `-(E_P[f] - E_Q[exp(f - 1)])`, averaged over the directions.
@@ -288,7 +323,14 @@ def nwj_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
     )
 
 
-def dv_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
+def dv_loss(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+    gather: Gather | None = None,
+) -> tf.Tensor:
     """Returns the negative Donsker-Varadhan bound on mutual information.
 
     `-(E_P[f] - log E_Q[exp f])`, averaged over the directions. The logarithm
@@ -327,7 +369,14 @@ def dv_loss(z1, z2, *, temperature, hidden_norm=True, gather=None):
     return -objective
 
 
-def contrastive_metrics(z1, z2, *, temperature, hidden_norm=True, gather=None):
+def contrastive_metrics(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+    gather: Gather | None = None,
+) -> dict[str, tf.Tensor]:
     """Returns how well view 1 finds its image among the global view 2.
 
     Source: google-research/simclr tf2/metrics.py,
@@ -350,7 +399,6 @@ def contrastive_metrics(z1, z2, *, temperature, hidden_norm=True, gather=None):
         coordinate of the unit-length embedding times sqrt(d), 1 if isotropic;
         `effective_rank` in [1, d].
     """
-    z1, z2 = tf.stop_gradient(z1), tf.stop_gradient(z2)
     candidates, offset = (gather or _single_replica)(z2)
     logits = _scores(z1, candidates, temperature, hidden_norm)
     labels = tf.range(z1.shape[0]) + offset
@@ -367,7 +415,7 @@ def contrastive_metrics(z1, z2, *, temperature, hidden_norm=True, gather=None):
     }
 
 
-def _embedding_health(unit):
+def _embedding_health(unit: tf.Tensor) -> dict[str, tf.Tensor]:
     """Returns collapse indicators of unit vectors, float32 `[B, d]`."""
     size, dim = (float(n) for n in unit.shape)
     total = tf.reduce_sum(unit, axis=0)
@@ -383,7 +431,9 @@ def _embedding_health(unit):
     }
 
 
-def _f_divergence_loss(directions, joint, marginal):
+def _f_divergence_loss(
+    directions: list[_Direction], joint: _Function, marginal: _Function
+) -> tf.Tensor:
     """Returns `-(E_P[joint(f)] - E_Q[marginal(f)])`, self pairs scoring 0."""
     objective = 0.0
     for direction in directions:
@@ -396,7 +446,7 @@ def _f_divergence_loss(directions, joint, marginal):
     return -objective
 
 
-def _negatives_sum(direction, function):
+def _negatives_sum(direction: _Direction, function: _Function) -> tf.Tensor:
     """Returns the sum of `function` over the scores of all negative pairs."""
     excluded = tf.logical_or(direction.positive_mask, direction.self_mask)
     # Masked before, so that no overflow of `function` at a positive can turn
@@ -405,7 +455,13 @@ def _negatives_sum(direction, function):
     return tf.reduce_sum(tf.where(excluded, 0.0, function(scores)))
 
 
-def _directions(z1, z2, temperature, hidden_norm, gather):
+def _directions(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    temperature: float,
+    hidden_norm: bool,
+    gather: Gather | None,
+) -> list[_Direction]:
     """Returns the scores with view 1 and with view 2 as anchors."""
     if temperature <= 0:
         raise ValueError(
@@ -441,7 +497,12 @@ def _directions(z1, z2, temperature, hidden_norm, gather):
     return directions
 
 
-def _scores(anchors, candidates, temperature, hidden_norm):
+def _scores(
+    anchors: tf.Tensor,
+    candidates: tf.Tensor,
+    temperature: float,
+    hidden_norm: bool,
+) -> tf.Tensor:
     """Returns float32 `[b, n]`, the critic of each anchor and candidate."""
     return (
         tf.matmul(
@@ -453,17 +514,18 @@ def _scores(anchors, candidates, temperature, hidden_norm):
     )
 
 
-def _prepare(z, hidden_norm):
+def _prepare(z: tf.Tensor, hidden_norm: bool) -> tf.Tensor:
     """Returns projections as the critic sees them, in float32."""
     z = tf.cast(z, tf.float32)
     return tf.math.l2_normalize(z, axis=-1) if hidden_norm else z
 
 
-def _sizes(direction):
+def _sizes(direction: _Direction) -> tuple[float, float]:
     """Returns the local batch b and the number of columns 2B, as floats."""
-    return (float(n) for n in direction.scores.shape)
+    batch, columns = direction.scores.shape
+    return float(batch), float(columns)
 
 
-def _single_replica(z):
+def _single_replica(z: tf.Tensor) -> tuple[tf.Tensor, int]:
     """The `gather` of a program that runs on one device."""
     return z, 0

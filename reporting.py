@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ class Reporter:
         num_examples: images an epoch.
         summary_steps: steps between TensorBoard points; 0: none.
         learning_rate: function of the step.
+        preview: from a step to some of its augmented images, one float32
+            `[n, s, s, c]` in [0, 1] a view.
     """
 
     def __init__(
@@ -49,7 +52,8 @@ class Reporter:
         batch_size: int,
         num_examples: int,
         summary_steps: int,
-        learning_rate: Any,
+        learning_rate: Callable[[int], Any],
+        preview: Callable[[int], list[np.ndarray]],
     ) -> None:
         self._directory = directory
         self._train_steps = train_steps
@@ -57,6 +61,7 @@ class Reporter:
         self._num_examples = num_examples
         self._summary_steps = summary_steps
         self._learning_rate = learning_rate
+        self._preview = preview
         self._writer = tf.summary.create_noop_writer()
         self._bar: tqdm.tqdm | None = None
         self._last_line = 0.0
@@ -67,6 +72,9 @@ class Reporter:
             if step:
                 _void_events_after(self._directory, step)
             self._writer = tf.summary.create_file_writer(self._directory)
+            with self._writer.as_default(step):
+                grid = image_grid(self._preview(step))
+                tf.summary.image("augmented_views", grid[None])
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=self._train_steps,
@@ -74,16 +82,6 @@ class Reporter:
                 unit="step",
                 dynamic_ncols=True,
             )
-
-    def views(self, views: list[np.ndarray], step: int) -> None:
-        """Records a grid of augmented images: one row an image.
-
-        Args:
-            views: one float32 `[n, s, s, c]` in [0, 1] a view; sizes may vary.
-            step: optimizer step at which such a batch is trained on.
-        """
-        with self._writer.as_default(step):
-            tf.summary.image("augmented_views", image_grid(views)[None])
 
     def progress(
         self,

@@ -22,13 +22,14 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Errors only, before TensorFlow is loaded: its start-up notes are a page.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
@@ -55,6 +56,8 @@ _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _SECONDS_BETWEEN_POLLS = 5
+_IMAGES_IN_GRID = 16
+_FROM_SCRATCH = "none"  # as --checkpoint
 
 _FLAGS_OF_LIBRARIES = frozenset(FLAGS)
 
@@ -101,10 +104,13 @@ flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed.",
+    "starts from, or which is probed; none: from scratch.",
 )
 flags.DEFINE_integer(
-    "seed", 0, "Of initial weights, data order, crops and augmentation."
+    "seed",
+    0,
+    "Of initial weights, data order, crops and augmentation.",
+    lower_bound=0,
 )
 flags.DEFINE_bool(
     "deterministic",
@@ -130,9 +136,13 @@ flags.DEFINE_integer(
     None,
     "Side of the images that the encoder sees, pixels. Unset: the data set's, "
     "or 224 where images vary.",
+    lower_bound=1,
 )
 flags.DEFINE_integer(
-    "channels", None, "Channels of an image. Unset: the data set's, or 3."
+    "channels",
+    None,
+    "Channels of an image. Unset: the data set's, or 3.",
+    lower_bound=1,
 )
 flags.DEFINE_enum(
     "normalize",
@@ -142,27 +152,45 @@ flags.DEFINE_enum(
 )
 
 # Schedule.
-flags.DEFINE_integer("train_batch_size", 512, "Images a step, all replicas.")
-flags.DEFINE_integer("train_epochs", 100, "Epochs to train for.")
 flags.DEFINE_integer(
-    "train_steps", 0, "Steps to train for; if not 0, instead of train_epochs."
+    "train_batch_size", 512, "Images a step, all replicas.", lower_bound=1
 )
-flags.DEFINE_integer("eval_batch_size", 256, "Images a step of evaluation.")
-flags.DEFINE_integer("eval_steps", 0, "Steps of evaluation; 0: all images.")
-flags.DEFINE_integer("checkpoint_epochs", 1, "Epochs between checkpoints.")
+flags.DEFINE_integer("train_epochs", 100, "Epochs to train for.", lower_bound=0)
+flags.DEFINE_integer(
+    "train_steps",
+    0,
+    "Steps to train for; if not 0, instead of train_epochs.",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "eval_batch_size", 256, "Images a step of evaluation.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "eval_steps", 0, "Steps of evaluation; 0: all images.", lower_bound=0
+)
+flags.DEFINE_integer(
+    "checkpoint_epochs", 1, "Epochs between checkpoints.", lower_bound=1
+)
 flags.DEFINE_integer(
     "checkpoint_steps",
     0,
     "Steps between checkpoints; if not 0, instead of checkpoint_epochs.",
+    lower_bound=0,
 )
-flags.DEFINE_integer("keep_checkpoint_max", 5, "Older checkpoints are deleted.")
 flags.DEFINE_integer(
-    "train_summary_steps", 10, "Steps between TensorBoard points; 0: none."
+    "keep_checkpoint_max", 5, "Older checkpoints are deleted.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "train_summary_steps",
+    10,
+    "Steps between TensorBoard points; 0: none.",
+    lower_bound=0,
 )
 flags.DEFINE_integer(
     "steps_per_loop",
     0,
     "Steps between looks at the host; 0: as many as take two seconds.",
+    lower_bound=0,
 )
 
 # Optimisation.
@@ -176,7 +204,10 @@ flags.DEFINE_enum(
     "Whether LARS applies the learning rate before or after momentum.",
 )
 flags.DEFINE_float(
-    "learning_rate", 0.3, "Peak learning rate before learning_rate_scaling."
+    "learning_rate",
+    0.3,
+    "Peak learning rate before learning_rate_scaling.",
+    lower_bound=0,
 )
 flags.DEFINE_enum(
     "learning_rate_scaling",
@@ -184,11 +215,18 @@ flags.DEFINE_enum(
     ["linear", "sqrt", "none"],
     "Factor by the batch size B: B / 256, the root of B, or 1.",
 )
-flags.DEFINE_float("warmup_epochs", 10, "Epochs of linear warm-up.")
 flags.DEFINE_float(
-    "weight_decay", None, f"L2 of kernels. {_by_method('weight_decay')}"
+    "warmup_epochs", 10, "Epochs of linear warm-up.", lower_bound=0
 )
-flags.DEFINE_float("momentum", 0.9, "Of lars and momentum.")
+flags.DEFINE_float(
+    "weight_decay",
+    None,
+    f"L2 of kernels. {_by_method('weight_decay')}",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "momentum", 0.9, "Of lars and momentum.", lower_bound=0, upper_bound=1
+)
 
 # Objective.
 flags.DEFINE_float(
@@ -219,6 +257,7 @@ flags.DEFINE_float(
     "gradient_penalty_weight",
     None,
     f"Of the critic's gradient. {_by_method('gradient_penalty_weight')}",
+    lower_bound=0,
 )
 flags.DEFINE_bool(
     "lineareval_while_pretraining",
@@ -241,28 +280,43 @@ flags.DEFINE_enum(
     ["fixed", "same"],
     "Of strided convolutions: symmetric (SimCLR) or TensorFlow's SAME.",
 )
-flags.DEFINE_float("sk_ratio", 0.0, "Selective kernels if > 0; try 0.0625.")
-flags.DEFINE_float("se_ratio", 0.0, "Squeeze and excitation if > 0.")
+flags.DEFINE_float(
+    "sk_ratio", 0.0, "Selective kernels if > 0; try 0.0625.", lower_bound=0
+)
+flags.DEFINE_float(
+    "se_ratio", 0.0, "Squeeze and excitation if > 0.", lower_bound=0
+)
 flags.DEFINE_bool(
     "zero_init_residual", True, "Whether residual blocks start as identities."
 )
 flags.DEFINE_bool(
     "global_bn", True, "Whether BatchNorm statistics cover all replicas."
 )
-flags.DEFINE_float("batch_norm_decay", 0.9, "Of BatchNorm's moving statistics.")
+flags.DEFINE_float(
+    "batch_norm_decay",
+    0.9,
+    "Of BatchNorm's moving statistics.",
+    lower_bound=0,
+    upper_bound=1,
+)
 flags.DEFINE_enum(
     "proj_head_mode",
     "nonlinear",
     ["none", "linear", "nonlinear"],
     "Projection head.",
 )
-flags.DEFINE_integer("proj_out_dim", 128, "Size of the projection.")
-flags.DEFINE_integer("num_proj_layers", 3, "Of the nonlinear head.")
+flags.DEFINE_integer(
+    "proj_out_dim", 128, "Size of the projection.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "num_proj_layers", 3, "Of the nonlinear head.", lower_bound=1
+)
 flags.DEFINE_integer(
     "ft_proj_selector",
     0,
     "Layer of the projection head that the classifier sees: 0 the encoder's "
     "output, -1 the projection.",
+    lower_bound=-1,
 )
 
 # Fine-tuning.
@@ -271,6 +325,8 @@ flags.DEFINE_integer(
     -1,
     "Block after which layers are trained: -1 all, 0 after the stem, 4 the "
     "classifier alone. The others are frozen, statistics included.",
+    lower_bound=-1,
+    upper_bound=4,
 )
 flags.DEFINE_bool(
     "zero_init_logits_layer", False, "Whether the classifier starts at zero."
@@ -284,7 +340,10 @@ flags.DEFINE_enum(
     "Preset of the views: SimCLR's, or BYOL's asymmetric pair.",
 )
 flags.DEFINE_float(
-    "color_jitter_strength", 1.0, "SimCLR's strength of all colour jitter."
+    "color_jitter_strength",
+    1.0,
+    "SimCLR's strength of all colour jitter.",
+    lower_bound=0,
 )
 flags.DEFINE_bool("use_blur", True, "SimCLR's blur, or not.")
 flags.DEFINE_list("crop_area", None, "Least and largest share of a crop.")
@@ -327,6 +386,7 @@ flags.DEFINE_integer(
     1,
     "Without accelerators: logical CPU devices, to try the path of several "
     "replicas.",
+    lower_bound=1,
 )
 flags.DEFINE_bool(
     "jit_compile", None, "Compile the step by XLA. Unset: on one GPU."
@@ -466,7 +526,7 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
     inherited = _inherited_values()
     settings, sources = Settings(), {}
 
-    def resolve(name: str, layers: dict[str, dict[str, Any]]) -> None:
+    def resolve(name: str, layers: dict[str, Mapping[str, Any]]) -> None:
         value, sources[name] = FLAGS[name].value, "default"
         if FLAGS[name].present:
             sources[name] = "command line"
@@ -477,7 +537,7 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
                     break
         setattr(settings, name, value)
 
-    layers = {"its run": inherited}
+    layers: dict[str, Mapping[str, Any]] = {"its run": inherited}
     for name in ("train_mode", "objective"):
         resolve(name, layers)
     objective = trainer.ALIASES.get(settings.objective, settings.objective)
@@ -489,6 +549,8 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
         resolve(name, layers)
     settings.objective = objective
     _check(settings)
+    if settings.checkpoint == _FROM_SCRATCH:
+        settings.checkpoint = None
     for line in _without_effect(settings, sources):
         logging.warning(line)
     return settings, sources
@@ -496,6 +558,7 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
 
 def _inherited_values() -> dict[str, Any]:
     """Returns flags of the run that this one evaluates or starts from."""
+    names: Sequence[str]
     if FLAGS.mode == "eval":
         if not FLAGS.model_dir:
             raise ValueError("--mode=eval needs --model_dir.")
@@ -531,8 +594,8 @@ def _check(settings: Settings) -> None:
     )
     if needs_checkpoint and not settings.checkpoint:
         raise ValueError(
-            "--checkpoint must name the pretrained run. For training from "
-            "scratch give --checkpoint=none."
+            "--checkpoint must name the pretrained run; to train from scratch, "
+            "give --checkpoint=none."
             if finetune
             else "--mode=probe needs --checkpoint, the run to look at."
         )
@@ -676,14 +739,14 @@ class Run:
         )
         if settings.eval_steps:
             stream = itertools.islice(stream, settings.eval_steps)
-        result = trainer.evaluate(
+        measured = trainer.evaluate(
             self.networks,
             stream,
             settings.image_size,
             self.strategy,
             None if dataset.is_encoded else crop,
         )
-        result |= {
+        result = measured | {
             "global_step": step,
             "dataset": settings.dataset,
             "split": dataset.split,
@@ -695,9 +758,9 @@ class Run:
             step,
             settings.dataset,
             dataset.split,
-            100 * result["top_1_accuracy"],
-            100 * result["top_5_accuracy"],
-            result["num_examples"],
+            100 * measured["top_1_accuracy"],
+            100 * measured["top_5_accuracy"],
+            measured["num_examples"],
         )
 
     def write(self, config: trainer.TrainConfig) -> None:
@@ -909,7 +972,11 @@ def _train(run: Run) -> Callable[[], None]:
         num_examples=config.num_examples,
         summary_steps=config.summary_steps,
         learning_rate=trainer.learning_rate_schedule(config),
+        preview=lambda step: _sample_views(make_stream, config, step),
     )
+
+    # Before any compute: this looks at all arguments.
+    make_stream(num_replicas=run.strategy.num_replicas_in_sync)
 
     def work() -> None:
         signals = _Signals()
@@ -931,10 +998,25 @@ def _train(run: Run) -> Callable[[], None]:
     return work
 
 
+def _sample_views(
+    make_stream: Callable[..., tf.data.Dataset],
+    config: trainer.TrainConfig,
+    step: int,
+) -> list[np.ndarray]:
+    """Returns the views of the first images of a step's batch."""
+    batch = next(iter(make_stream(first_step=step, num_steps=1)))
+    views = trainer.make_views(batch, config.views, config.seed)
+    return [view[:_IMAGES_IN_GRID].numpy() for view in views]
+
+
 def _follow(run: Run) -> Callable[[], None]:
     """Prepares the evaluation of each checkpoint of a run to its last."""
     _check_classes(run)
     directory = run.settings.model_dir
+
+    def train_steps() -> int:
+        # Read again each time: the run may have been prolonged.
+        return (checkpoint_lib.read_run(directory) or {})["train_steps"]
 
     def work() -> None:
         for path in tf.train.checkpoints_iterator(
@@ -949,7 +1031,7 @@ def _follow(run: Run) -> Callable[[], None]:
                 logging.info("%s is gone already; waiting for the next.", path)
                 continue
             run.evaluate(step)
-            if step >= checkpoint_lib.read_run(directory)["train_steps"]:
+            if step >= train_steps():
                 return
 
     return work

@@ -161,6 +161,13 @@ class TrainConfig:
     jit_compile: bool
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.train_mode == "pretrain":
+            # The loss checks its arguments; better now than when compiled.
+            METHODS[self.objective].loss(
+                *tf.eye(2, batch_shape=[2]), **self.hyperparameters
+            )
+
 
 class TrainingDiverged(ArithmeticError):
     """The loss or a weight is no longer a finite number."""
@@ -288,7 +295,7 @@ def _pretrain_step(
                 loss += _decay_loss(config, variables)
             metrics = {"loss": loss, **metrics}
             probe_loss = 0.0
-            if classifier_variables:
+            if networks.classifier and config.lineareval_while_pretraining:
                 labels = tf.tile(batch["label"], [len(views)])
                 probe = _classification(
                     networks.classifier(tf.stop_gradient(features)), labels

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images a second of `data_util.augment` and of a per-image tf.data pipeline.
 
-Both make two SimCLR views of uint8 CIFAR-sized batches in memory. Rounds of
-all programs alternate in one process; the median round of each is reported.
+All make two SimCLR views of uint8 CIFAR-sized images in memory. Their rounds
+alternate in one process; the median round of each is reported. CPU time is
+that of all threads, and less disturbed by other programs than images/s.
 
     python benchmarks/augmentation.py
 """
@@ -35,28 +36,35 @@ def main() -> None:
     """Prints a line for each setting and program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=512, help="images")
-    parser.add_argument("--rounds", type=int, default=5, help="of each program")
+    parser.add_argument("--rounds", type=int, default=3, help="of each program")
     parser.add_argument("--seconds", type=float, default=1.0, help="a round")
     args = parser.parse_args()
 
     images = np.random.default_rng(0).integers(
         0, 256, [10 * args.batch_size, SIZE, SIZE, 3], np.uint8
     )
-    print(
-        f"{'setting':24}{'program':24}{'start, s':>10}{'images/s':>10}  ratio"
-    )
+    print(f"{'program':30}{'start, s':>10}{'images/s':>10}{'CPU us':>10}")
     for name, augmentation in SETTINGS.items():
+        print(name)
         programs = {
-            "per-image tf.data": per_image(images, augmentation, args),
-            "batched": batched(images, augmentation, args, jit=False),
-            "batched, XLA": batched(images, augmentation, args, jit=True),
+            "tf.data, stateful draws": per_image(
+                images, augmentation, args, Stateful
+            ),
+            "tf.data, stateless draws": per_image(
+                images, augmentation, args, Stateless
+            ),
+            "augment": batched(images, augmentation, args, jit=False),
+            "augment, XLA": batched(images, augmentation, args, jit=True),
         }
         starts = {key: timed(start()) for key, start in programs.items()}
-        rates = measure(programs, args)
-        for key, rate in rates.items():
-            ratio = rate / rates["per-image tf.data"]
+        results = measure(programs, args)
+        for key, (rate, cpu) in results.items():
+            print(f"  {key:28}{starts[key]:10.1f}{rate:10.0f}{cpu:10.1f}")
+        for key in list(programs)[:2]:
+            ratios = np.divide(results["augment, XLA"], results[key])
             print(
-                f"{name:24}{key:24}{starts[key]:10.1f}{rate:10.0f}{ratio:7.1f}"
+                f"  augment, XLA to {key}: {ratios[0]:.1f} times the images/s, "
+                f"{1 / ratios[1]:.1f} times the images per CPU second"
             )
 
 
@@ -67,22 +75,23 @@ def timed(step) -> float:
     return time.perf_counter() - start
 
 
-def measure(programs, args) -> dict[str, float]:
-    """Returns the images a second of each program, median of the rounds."""
-    rates = {name: [] for name in programs}
+def measure(programs, args) -> dict[str, tuple[float, float]]:
+    """Returns images/s and CPU microseconds an image, medians of rounds."""
+    results = {name: [] for name in programs}
     for _ in range(args.rounds):
         for name, start in programs.items():
             # A pipeline lives for one round only: it would go on working in
             # the background of the next program, and have batches in stock.
             step = start()
             step()
-            steps, spent = 0, 0.0
+            count, spent, cpu = 0, 0.0, time.process_time()
             while spent < args.seconds:
                 spent += timed(step)
-                steps += 1
-            rates[name].append(steps * args.batch_size / spent)
+                count += args.batch_size
+            cpu = time.process_time() - cpu
+            results[name].append((count / spent, 1e6 * cpu / count))
             del step
-    return {name: float(np.median(rate)) for name, rate in rates.items()}
+    return {name: np.median(rows, axis=0) for name, rows in results.items()}
 
 
 def batched(images, augmentation, args, *, jit):
@@ -109,13 +118,20 @@ def batched(images, augmentation, args, *, jit):
     return lambda: step
 
 
-def per_image(images, augmentation, args):
+def per_image(images, augmentation, args, source):
     """Returns what starts a program: a function, one batch of both views."""
-    view = functools.partial(one_view, augmentation=augmentation)
+
+    def views(index, image):
+        return [
+            one_view(image, source(2 * index + view), augmentation)
+            for view in (0, 1)
+        ]
+
     dataset = (
         tf.data.Dataset.from_tensor_slices(images)
         .repeat()
-        .map(lambda x: (view(x), view(x)), tf.data.AUTOTUNE)
+        .enumerate()
+        .map(lambda *element: tuple(views(*element)), tf.data.AUTOTUNE)
         .batch(args.batch_size, drop_remainder=True)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -127,10 +143,69 @@ def per_image(images, augmentation, args):
     return start
 
 
-def one_view(image, augmentation):
+class Stateful:
+    """Random numbers that differ from run to run, as in most pipelines."""
+
+    def __init__(self, index):
+        del index
+        self.box = tf.image.sample_distorted_bounding_box
+
+    def uniform(self, shape, low=0.0, high=1.0):
+        """Returns float32 numbers."""
+        return tf.random.uniform(shape, low, high)
+
+
+class Stateless:
+    """Random numbers that are a function of the view, as in `data_util`."""
+
+    def __init__(self, index):
+        self._index = index
+        self._draw = 0
+        self.box = functools.partial(
+            tf.image.stateless_sample_distorted_bounding_box,
+            seed=self._seed(),
+        )
+
+    def _seed(self):
+        self._draw += 1
+        return tf.stack([self._index, self._draw])
+
+    def uniform(self, shape, low=0.0, high=1.0):
+        """Returns float32 numbers."""
+        return tf.random.stateless_uniform(shape, self._seed(), low, high)
+
+
+def one_view(image, source, augmentation):
     """Returns a view of one image, written with `tf.image` and `tf.cond`."""
     image = tf.image.convert_image_dtype(image, tf.float32)
-    begin, size, _ = tf.image.sample_distorted_bounding_box(
+    image = crop(image, source, augmentation)
+    changes = [
+        (augmentation.flip_probability, tf.image.flip_left_right),
+        (
+            augmentation.jitter_probability,
+            lambda x: jitter(x, source, augmentation),
+        ),
+        (
+            augmentation.grayscale_probability,
+            lambda x: tf.repeat(tf.image.rgb_to_grayscale(x), 3, axis=-1),
+        ),
+        (augmentation.blur_probability, lambda x: blur(x, source)),
+    ]
+    for probability, change in changes:
+        if probability > 0:
+            happens = source.uniform([]) < probability
+            image = tf.cond(
+                happens,
+                functools.partial(change, image),
+                functools.partial(tf.identity, image),
+            )
+    image = tf.clip_by_value(image, 0.0, 1.0)
+    return tf.ensure_shape(image, [SIZE, SIZE, 3])
+
+
+def crop(image, source, augmentation):
+    """Returns a random crop of the image, resized."""
+    begin, size, _ = source.box(
         tf.shape(image),
         tf.zeros([1, 0, 4]),
         aspect_ratio_range=augmentation.crop_aspect,
@@ -139,49 +214,37 @@ def one_view(image, augmentation):
         use_image_if_no_bounding_boxes=True,
     )
     image = tf.slice(image, begin, size)
-    image = tf.image.resize(image, [SIZE, SIZE], "bicubic")
-    image = tf.image.random_flip_left_right(image)
-    image = sometimes(
-        augmentation.jitter_probability,
-        lambda x: jitter(x, augmentation),
-        image,
-    )
-    image = sometimes(
-        augmentation.grayscale_probability,
-        lambda x: tf.repeat(tf.image.rgb_to_grayscale(x), 3, axis=-1),
-        image,
-    )
-    image = tf.clip_by_value(image, 0.0, 1.0)
-    if augmentation.blur_probability > 0:
-        image = sometimes(augmentation.blur_probability, blur, image)
-    return tf.ensure_shape(image, [SIZE, SIZE, 3])
+    return tf.image.resize(image, [SIZE, SIZE], "bicubic")
 
 
-def sometimes(probability, function, image):
-    """Returns `function(image)` with a probability, else the image."""
-    happens = tf.random.uniform([]) < probability
-    return tf.cond(happens, lambda: function(image), lambda: image)
-
-
-def jitter(image, augmentation):
+def jitter(image, source, augmentation):
     """Returns the image after four colour operations in random order."""
-    b, c = augmentation.brightness, augmentation.contrast
-    s, h = augmentation.saturation, augmentation.hue
+    strengths = {
+        tf.multiply: augmentation.brightness,
+        tf.image.adjust_contrast: augmentation.contrast,
+        tf.image.adjust_saturation: augmentation.saturation,
+    }
+
+    def scale(function, strength, x):
+        return function(x, source.uniform([], 1 - strength, 1 + strength))
+
+    def turn(x):
+        hue = augmentation.hue
+        return tf.image.adjust_hue(x, source.uniform([], -hue, hue))
+
     operations = [
-        lambda x: x * tf.random.uniform([], 1 - b, 1 + b),
-        lambda x: tf.image.random_contrast(x, 1 - c, 1 + c),
-        lambda x: tf.image.random_saturation(x, 1 - s, 1 + s),
-        lambda x: tf.image.random_hue(x, h),
-    ]
-    for chosen in tf.unstack(tf.random.shuffle(tf.range(4))):
+        functools.partial(scale, function, strength)
+        for function, strength in strengths.items()
+    ] + [turn]
+    for chosen in tf.unstack(tf.argsort(source.uniform([4]))):
         branches = [functools.partial(op, image) for op in operations]
         image = tf.clip_by_value(tf.switch_case(chosen, branches), 0.0, 1.0)
     return image
 
 
-def blur(image):
+def blur(image, source):
     """Returns the image, blurred with 3 x 3 taps of a random Gaussian."""
-    taps = tf.range(-1.0, 2.0) / tf.random.uniform([], 0.1, 2.0)
+    taps = tf.range(-1.0, 2.0) / source.uniform([], 0.1, 2.0)
     taps = tf.nn.softmax(-0.5 * tf.square(taps))
     for shape in ([3, 1, 1, 1], [1, 3, 1, 1]):
         kernel = tf.tile(tf.reshape(taps, shape), [1, 1, 3, 1])

@@ -8,6 +8,7 @@ BatchNorm statistics after the first step (so, with momentum's first step, the
 gradient) and after the last.
 """
 
+import dataclasses
 import functools
 import sys
 
@@ -42,7 +43,7 @@ def architecture():
         proj_out_dim=8,
         num_proj_layers=2,
         ft_proj_selector=0,
-        num_classes=4,
+        num_classes=16,
         zero_init_logits_layer=False,
     )
 
@@ -65,7 +66,7 @@ def config(objective, optimizer):
         num_examples=40,
         train_steps=100,
         warmup_steps=0,
-        peak_learning_rate=0.005,
+        peak_learning_rate=0.001,
         optimizer=optimizer,
         lars_variant="simclr",
         momentum=0.9,
@@ -80,25 +81,20 @@ def config(objective, optimizer):
     )
 
 
-def random_data(size=16):
-    rng = np.random.default_rng(0)
-    # Smooth pictures: crops of noise would all look the same.
-    small = rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
-    images = np.kron(small, np.ones((1, size // 4, size // 4, 1), np.uint8))
-    return data.Dataset(
-        name="random",
-        split="train",
-        source=data.Arrays(images, rng.integers(0, 4, 40).astype(np.int32)),
+def few_photo_patches():
+    """Real textures: in flat colours, whole areas cross a ReLU's kink."""
+    patches = data.load("photo_patches", "train")
+    source = patches.source
+    return dataclasses.replace(
+        patches,
+        source=data.Arrays(source.images[:40], source.labels[:40]),
         num_examples=40,
-        class_names=tuple("abcd"),
-        channels=3,
-        image_size=(size, size),
     )
 
 
 def main(num_replicas, path, cases):
     strategy = devices.make_strategy(use_tpu=False, cpu_replicas=num_replicas)
-    dataset, out = random_data(), {}
+    dataset, out = few_photo_patches(), {}
     keras.utils.set_random_seed(0)
     with strategy.scope():
         networks = model.build_networks(architecture())

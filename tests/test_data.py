@@ -264,7 +264,7 @@ def _eval_steps(dataset, **layout):
 @pytest.mark.parametrize("stream", [_train_steps, _eval_steps])
 def test_replicas_and_hosts_see_the_global_batches_of_one(source, stream):
     expected = _global_steps(source, stream, 1, 1)
-    for layout in ((2, 1), (4, 1), (2, 2), (4, 2)):
+    for layout in ((2, 1), (4, 2)):
         actual = _global_steps(source, stream, *layout)
         for one, other in zip(expected, actual, strict=True):
             _assert_equal(other, one)
@@ -377,7 +377,9 @@ def test_report_names_what_was_skipped_and_counts_classes(tmp_path):
     root = _write(tmp_path / "x", [f"train/a/{i}.png" for i in range(3)])
     folder = tmp_path / "x" / "train" / "a"
     whole = (folder / "0.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "cut.png")
+    os.truncate(folder / "cut.png", 8000)  # of 11 kB: the header is whole
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.bmp").write_text("no image")
     (folder / "appended.png").write_bytes(whole + b"a few bytes more")

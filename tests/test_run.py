@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what is documented parses, and means what it says."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import checkpoint
+import run
+import trainer
+
+_ROOT = pathlib.Path(run.__file__).parent
+
+# Of google-research/simclr, tf2/README.md.
+_SIMCLR_README = [
+    """run.py --train_mode=pretrain --train_batch_size=512 --train_epochs=1000
+    --learning_rate=1.0 --weight_decay=1e-4 --temperature=0.5
+    --dataset=cifar10 --image_size=32 --eval_split=test --resnet_depth=18
+    --use_blur=False --color_jitter_strength=0.5 --model_dir=/tmp/simclr_test
+    --use_tpu=False""",
+    """run.py --train_mode=pretrain --train_batch_size=4096 --train_epochs=100
+    --temperature=0.1 --learning_rate=0.075 --learning_rate_scaling=sqrt
+    --weight_decay=1e-4 --dataset=imagenet2012 --image_size=224
+    --eval_split=validation --data_dir=$DATA_DIR --model_dir=$MODEL_DIR
+    --use_tpu=True --tpu_name=$TPU_NAME --train_summary_steps=0""",
+    "run.py --dataset=imagenet2012_subset/1pct",
+    "run.py --dataset=imagenet2012_subset/10pct",
+]
+# Of RPC's vision/README.md (SimCLR's TF1 README has the same).
+_LINEAR_EVALUATION = [
+    """run.py --mode=train_then_eval --train_mode=finetune
+    --fine_tune_after_block=4 --zero_init_logits_layer=True
+    --variable_schema='(?!global_step|(?:.*/|^)Momentum|head)'
+    --global_bn=False --optimizer=momentum --learning_rate=0.1
+    --weight_decay=0.0 --train_epochs=100 --train_batch_size=512
+    --warmup_epochs=0 --dataset=cifar10 --image_size=32 --eval_split=test
+    --resnet_depth=18 --checkpoint=/tmp/simclr_test
+    --model_dir=/tmp/simclr_test_ft --use_tpu=False""",
+    """run.py --mode=train_then_eval --train_mode=finetune
+    --fine_tune_after_block=4 --zero_init_logits_layer=True
+    --variable_schema='(?!global_step|(?:.*/|^)Momentum|head)'
+    --global_bn=False --optimizer=momentum --learning_rate=0.1
+    --weight_decay=1e-6 --train_epochs=90 --train_batch_size=4096
+    --warmup_epochs=0 --dataset=imagenet2012 --image_size=224
+    --eval_split=validation --data_dir=$DATA_DIR --model_dir=$MODEL_DIR
+    --checkpoint=$CHKPT_DIR --use_tpu=True --tpu_name=$TPU_NAME
+    --train_summary_steps=0""",
+]
+# Of RPC's gpu_pretrain_finetune_cifar.sh, tpu_pretrain_finetune_resnet50.sh
+# and tpu_pretrain_finetune_resnet128.sh, with their variables filled in.
+_RPC_SCRIPTS = [
+    """run.py --train_mode=pretrain --train_batch_size=512 --train_epochs=100
+    --temperature=128 --learning_rate=1.0 --learning_rate_scaling=linear
+    --weight_decay=1e-4 --dataset=cifar10 --image_size=32 --eval_split=test
+    --model_dir=checkpoint/chi --use_tpu=False --train_summary_steps=0
+    --sk_ratio 0.0 --width_multiplier 1 --resnet_depth 18 --loss_type chi
+    --alpha=0.0 --beta=0.001 --gamma=1.0 --hidden_norm=False""",
+    """run.py --train_mode=pretrain --train_batch_size=512 --train_epochs=100
+    --temperature=0.5 --learning_rate=1.0 --learning_rate_scaling=linear
+    --weight_decay=1e-4 --dataset=cifar10 --image_size=32 --eval_split=test
+    --model_dir=checkpoint/nce --use_tpu=False --train_summary_steps=0
+    --sk_ratio 0.0 --width_multiplier 1 --resnet_depth 18 --loss_type nce
+    --hidden_norm=True""",
+    """run.py --mode=train_then_eval --train_mode=finetune
+    --fine_tune_after_block=0 --zero_init_logits_layer=True
+    --variable_schema='(?!global_step|(?:.*/|^)Momentum|head)'
+    --global_bn=True --optimizer=momentum --learning_rate=0.1
+    --weight_decay=0 --train_epochs=100 --train_batch_size=512
+    --warmup_epochs=0 --dataset=cifar10 --image_size=32 --eval_split=test
+    --model_dir=checkpoint/chi_ft --checkpoint=checkpoint/chi --use_tpu=False
+    --train_summary_steps=0 --width_multiplier 1 --resnet_depth 18
+    --sk_ratio 0.0 --loss_type chi --alpha 0.0 --beta 0.001 --gamma 1.0""",
+    *(
+        f"""run.py --train_mode=pretrain --train_batch_size=4096
+    --train_epochs=100 --temperature=32 --learning_rate=0.1
+    --learning_rate_scaling=sqrt --weight_decay=1e-4 --dataset=imagenet2012
+    --image_size=224 --eval_split=validation --data_dir=$DATA_DIR
+    --model_dir=$MODEL_DIR --use_tpu=True --tpu_name=$TPU_NAME
+    --train_summary_steps=0 --sk_ratio 0.0625 --width_multiplier {width}
+    --resnet_depth {depth} --loss_type chi --alpha=0.3 --beta={beta}
+    --gamma={gamma} --hidden_norm=false"""
+        for width, depth, beta, gamma in (
+            (1, 50, 0.01, 0.1),
+            (2, 152, 0.001, 0.01),
+        )
+    ),
+    """run.py --mode=train_then_eval --train_mode=finetune
+    --fine_tune_after_block=0 --zero_init_logits_layer=True
+    --variable_schema='(?!global_step|(?:.*/|^)Momentum|head)'
+    --global_bn=True --optimizer=momentum --learning_rate=0.16
+    --weight_decay=0 --train_epochs=90 --train_batch_size=4096
+    --warmup_epochs=0 --dataset=imagenet2012 --image_size=224
+    --eval_split=validation --data_dir=gs://bucket/tensorflow_datasets
+    --model_dir=$MODEL_DIR --checkpoint=$CHKPT_DIR --use_tpu=True
+    --tpu_name=$TPU_NAME --train_summary_steps=0 --width_multiplier 2
+    --resnet_depth 152 --sk_ratio 0.0625 --loss_type chi --alpha 0.3
+    --beta 0.001 --gamma 0.01""",
+]
+
+
+def _own_readme():
+    """The commands in the code blocks of README.md."""
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", (_ROOT / "README.md").read_text(), re.M | re.S
+    )
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if "python run.py" in line]
+
+
+def _own_script(name, **environment):
+    """The commands that a script runs, by letting `echo` run them."""
+    output = subprocess.run(
+        ["bash", _ROOT / name, "--seed=7"],
+        env={**os.environ, "PYTHON": "echo", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return output.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def _flags():
+    with flagsaver.flagsaver():
+        yield
+
+
+def _parse(command):
+    """Returns the settings and their sources for a command line."""
+    words = shlex.split(command)
+    flags.FLAGS.unparse_flags()
+    rest = flags.FLAGS(words[words.index("run.py") :] if "run.py" in words
+                       else ["run.py", *words])  # fmt: skip
+    assert rest == ["run.py"]
+    return run.resolve_flags()
+
+
+@pytest.mark.parametrize(
+    "command", _SIMCLR_README + _LINEAR_EVALUATION + _RPC_SCRIPTS
+)
+def test_commands_of_the_programs_before_this_one(command, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(run.logging, "warning", warnings.append)
+    settings, _ = _parse(command)
+    for name, value in re.findall(r"--(\w+)[= ]([^\s']+)", command):
+        name = {"loss_type": "objective"}.get(name, name)
+        value = {"chi": "rpc", "nce": "simclr"}.get(value, value)
+        got = getattr(settings, name)
+        if name == "variable_schema":
+            assert got == "(?!global_step|(?:.*/|^)Momentum|head)"
+        elif isinstance(got, bool):
+            assert got == (value.lower() == "true")
+        elif isinstance(got, str):
+            assert got == value
+        else:
+            assert float(got) == float(value)
+    # Once for each flag that does nothing.
+    silent = {"--variable_schema"} if "variable_schema" in command else set()
+    if "finetune" in command and "loss_type" in command:
+        silent |= {"--objective", "--alpha", "--beta", "--gamma"}
+    assert {line.split()[0] for line in warnings} == silent
+    assert len(warnings) == len(silent)
+
+
+def test_own_readme_commands_parse():
+    commands = _own_readme()
+    assert len(commands) >= 5
+    for command in commands:
+        command = command.split("python ")[1]
+        _parse(command)
+
+
+@pytest.mark.parametrize(
+    ("script", "environment"),
+    [
+        ("gpu_pretrain_finetune_cifar.sh", {"TRAIN_STEPS": "20"}),
+        ("gpu_pretrain_finetune_cifar.sh", {"OBJECTIVE": "nwj"}),
+        ("tpu_pretrain_imagenet.sh", {"STORAGE_BUCKET": "gs://bucket"}),
+    ],
+)
+def test_own_scripts_parse(script, environment):
+    commands = _own_script(script, **environment)
+    assert len(commands) == 2
+    for command, mode in zip(commands, ["pretrain", "finetune"], strict=True):
+        settings, _ = _parse(f"run.py {command.split('run.py')[1]}")
+        assert settings.train_mode == mode
+        assert settings.seed == 7
+        if "TRAIN_STEPS" in environment:
+            assert settings.train_steps == 20
+
+
+def test_gpu_script_is_the_recipe_of_the_rpc_paper():
+    pretrain, _ = _own_script("gpu_pretrain_finetune_cifar.sh")
+    settings, _ = _parse(f"run.py {pretrain.split('run.py')[1]}")
+    expected = {
+        "temperature": 128,
+        "alpha": 0,
+        "beta": 0.001,
+        "gamma": 1,
+        "hidden_norm": False,
+        "learning_rate": 1.0,
+        "weight_decay": 1e-4,
+        "train_batch_size": 512,
+        "resnet_depth": 18,
+        "warmup_epochs": 10,
+        "optimizer": "lars",
+    }
+    assert {k: getattr(settings, k) for k in expected} == expected
+
+
+@pytest.mark.parametrize("objective", trainer.METHODS)
+def test_unset_flags_take_the_objective_s_defaults(objective):
+    settings, sources = _parse(f"run.py --objective={objective}")
+    for name, value in trainer.METHODS[objective].defaults.items():
+        assert getattr(settings, name) == value
+        assert sources[name] == objective
+
+
+def test_the_command_line_wins():
+    settings, sources = _parse("run.py --objective=rpc --temperature=7")
+    assert settings.temperature == 7
+    assert sources["temperature"] == "command line"
+
+
+def test_fine_tuning_takes_the_architecture_from_the_checkpoint(tmp_path):
+    before = {"resnet_depth": 34, "sk_ratio": 0.0625, "learning_rate": 9.0}
+    checkpoint.write_run(str(tmp_path), {"flags": before})
+    settings, sources = _parse(
+        f"run.py --train_mode=finetune --checkpoint={tmp_path} --sk_ratio=0"
+    )
+    assert settings.resnet_depth == 34
+    assert sources["resnet_depth"] == "its run"
+    assert settings.sk_ratio == 0
+    assert settings.learning_rate == 0.1  # not of the pretraining
+    assert sources["learning_rate"] == "fine-tuning"
+
+
+def test_a_flag_of_another_objective_is_reported(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(run.logging, "warning", warnings.append)
+    _parse("run.py --objective=simclr --alpha=1")
+    assert warnings == ["--alpha has no effect: the objective simclr has none."]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dataset=cifar1", "cifar10"),
+        ("--dataset=photo_patches --train_split=trian", "train"),
+        ("--dataset=photo_patches --image_size=64", "exceeds the images"),
+        ("--dataset=photo_patches --train_batch_size=20000", "10000"),
+        ("--dataset=/nowhere/at/all", "/nowhere/at/all"),
+        ("--dataset=photo_patches --fine_tune_after_block=2", "pretrain"),
+        ("--train_mode=finetune --dataset=photo_patches", "--checkpoint"),
+        (
+            "--train_mode=finetune --dataset=photo_patches "
+            "--checkpoint=/nowhere",
+            "/nowhere",
+        ),
+        ("--mode=probe --dataset=photo_patches", "--checkpoint"),
+        ("--dataset=photo_patches --resnet_depth=19", "19"),
+        ("--dataset=photo_patches --width_multiplier=-1", "-1"),
+        ("--dataset=photo_patches --crop_area=0.5,0.1", "crop_area"),
+        ("--dataset=photo_patches --ft_proj_selector=9", "9"),
+        ("--dataset=photo_patches --model_dir=/proc/x", "/proc/x"),
+        ("--dataset=photo_patches --use_tpu", "No TPU"),
+        ("--dataset=photo_patches --temperature=0", "temperature"),
+    ],
+)
+def test_bad_input_is_one_error_before_any_compute(
+    words, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        trainer, "train", lambda *_: pytest.fail("training started")
+    )
+    flags.FLAGS.unparse_flags()
+    small = ["--resnet_depth=10", "--width_multiplier=0.125"]
+    if "--model_dir" not in words:
+        small.append(f"--model_dir={tmp_path}")
+    flags.FLAGS(["run.py", *small, *words.split()])
+    with pytest.raises(SystemExit) as exit_:
+        run.main(["run.py"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "word", ["--train_batch_size=-1", "--train_steps=-5", "--temprature=1",
+             "--momentum=1.5", "--learning_rate=-1"]
+)  # fmt: skip
+def test_malformed_flags_are_refused(word):
+    with pytest.raises(flags.Error, match=word.split("=")[0].strip("-")):
+        flags.FLAGS(["run.py", word])
