@@ -16,14 +16,10 @@ from absl import logging
 import model
 
 _RUN_FILE = "run.json"
+
+
 # What TensorFlow raises for a truncated, damaged or half-deleted checkpoint.
-_DAMAGE = (
-    tf.errors.DataLossError,
-    tf.errors.OutOfRangeError,
-    tf.errors.NotFoundError,
-    tf.errors.InvalidArgumentError,
-    tf.errors.FailedPreconditionError,
-)
+_DAMAGE = (tf.errors.OpError, IndexError, RuntimeError)
 
 
 class TrainingCheckpoints:
@@ -42,11 +38,15 @@ class TrainingCheckpoints:
         Args:
             directory: the run directory, made on the first save.
             max_to_keep: older checkpoints are deleted.
-            **objects: trackable objects by name; all their variables exist.
+            **objects: keras models, stored by the paths of their variables,
+                and other trackable objects; all their variables exist.
         """
         self.directory = directory
         self.step = tf.Variable(0, dtype=tf.int64, name="step")
-        self._checkpoint = tf.train.Checkpoint(step=self.step, **objects)
+        self._checkpoint = tf.train.Checkpoint(
+            step=self.step,
+            **{name: _trackable(item) for name, item in objects.items()},
+        )
         self._manager = tf.train.CheckpointManager(
             self._checkpoint, directory, max_to_keep
         )
@@ -101,6 +101,16 @@ class TrainingCheckpoints:
         return 0
 
 
+def _trackable(item: Any) -> Any:
+    """Returns a model's variables by path: names that outlive its layers.
+
+    Keras itself numbers the layers, so that any new one would break all files.
+    """
+    if isinstance(item, keras.Model):
+        return {variable.path: variable.value for variable in item.variables}
+    return item
+
+
 def latest_checkpoint(path: str) -> str:
     """Returns the checkpoint prefix that a directory or prefix names.
 
@@ -142,7 +152,8 @@ def restore_networks(path: str, **networks: keras.Model) -> str:
     """
     prefix = latest_checkpoint(path)
     try:
-        status = tf.train.Checkpoint(**networks).restore(prefix)
+        trackables = {k: _trackable(v) for k, v in networks.items()}
+        status = tf.train.Checkpoint(**trackables).restore(prefix)
         status.assert_existing_objects_matched()
     except (AssertionError, ValueError) as error:
         raise ValueError(

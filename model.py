@@ -206,7 +206,7 @@ class Networks:
             self.projection_to_classifier(features, training=training)
         )
 
-    def trackables(self) -> dict[str, keras.Model]:
+    def models(self) -> dict[str, keras.Model]:
         """Returns the models by their names in a checkpoint."""
         models = {"encoder": self.encoder, "projection": self.projection}
         if self.classifier:

@@ -645,6 +645,7 @@ class Run:
             f"{settings.train_mode}-{settings.objective}-"
             + os.path.basename(settings.dataset.rstrip("/")),
         )
+        self._set_numerics()
         self.strategy = devices.make_strategy(
             use_tpu=settings.use_tpu,
             tpu_name=settings.master or settings.tpu_name,
@@ -652,7 +653,9 @@ class Run:
             gcp_project=settings.gcp_project,
             cpu_replicas=settings.cpu_replicas,
         )
-        self._set_numerics()
+        if settings.jit_compile is None:
+            alone = self.strategy.num_replicas_in_sync == 1
+            settings.jit_compile = alone and devices.has_gpu()
         self.train_data = self._load(settings.train_split)
         self._settle_sizes()
         self.architecture = make_architecture(
@@ -662,15 +665,21 @@ class Run:
             self.networks = model.build_networks(self.architecture)
 
     def _set_numerics(self) -> None:
-        settings, on_gpu = self.settings, devices.has_gpu()
-        on_cpu = not on_gpu and not settings.use_tpu
+        """Sets TensorFlow up; before anything else is done with it."""
+        settings = self.settings
+        on_cpu = not devices.has_gpu() and not settings.use_tpu
         if settings.deterministic is None:
             settings.deterministic = on_cpu
-        if settings.jit_compile is None:
-            single = self.strategy.num_replicas_in_sync == 1
-            settings.jit_compile = on_gpu and single
         if settings.deterministic:
             tf.config.experimental.enable_op_determinism()
+            # Sums that it rewrites come out different from one call to the
+            # next on several threads (TensorFlow 2.20 on a CPU).
+            tf.config.optimizer.set_experimental_options(
+                {"arithmetic_optimization": False}
+            )
+        # Compiled by XLA, convolutions are slower on a CPU, chains of pointwise
+        # operations several times faster.
+        settings.jit_augmentation = on_cpu
         keras.utils.set_random_seed(settings.seed)
         if settings.mixed_precision:
             keras.mixed_precision.set_global_policy("mixed_bfloat16")
@@ -949,7 +958,7 @@ def _train(run: Run) -> Callable[[], None]:
             max_to_keep=config.keep_checkpoint_max,
             optimizer=optimizers.networks,
             classifier_optimizer=optimizers.classifier,
-            **run.networks.trackables(),
+            **run.networks.models(),
         )
     run.write(config)
     if settings.checkpoint and not checkpoints.latest:
@@ -1023,9 +1032,7 @@ def _follow(run: Run) -> Callable[[], None]:
             directory, min_interval_secs=_SECONDS_BETWEEN_POLLS
         ):
             try:
-                checkpoint_lib.restore_networks(
-                    path, **run.networks.trackables()
-                )
+                checkpoint_lib.restore_networks(path, **run.networks.models())
                 step = checkpoint_lib.checkpoint_step(path)
             except tf.errors.NotFoundError:
                 logging.info("%s is gone already; waiting for the next.", path)

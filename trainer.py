@@ -135,6 +135,7 @@ class TrainConfig:
         steps_per_loop: steps a call of the compiled loop; 0: as many as take
             about two seconds.
         jit_compile: whether the step is compiled by XLA.
+        jit_augmentation: whether, where the step is not, the augmentation is.
         seed: of data order and augmentation.
     """
 
@@ -159,6 +160,7 @@ class TrainConfig:
     summary_steps: int
     steps_per_loop: int
     jit_compile: bool
+    jit_augmentation: bool
     seed: int
 
     def __post_init__(self) -> None:
@@ -250,6 +252,7 @@ def _pretrain_step(
 ) -> Step:
     loss_function = METHODS[config.objective].loss
     critic = {name: config.hyperparameters[name] for name in _CRITIC}
+    augmented_views = _view_maker(config)
     variables = _network_variables(config, networks)
     classifier_variables = (
         _classifier_variables(networks)
@@ -268,7 +271,7 @@ def _pretrain_step(
 
     def step(batch: Batch) -> Metrics:
         gather = _Gather()
-        views = make_views(batch, config.views, config.seed)
+        views = augmented_views(batch)
         metrics = {}
         with tf.GradientTape() as tape:
             if config.gradient_penalty_weight:
@@ -323,13 +326,14 @@ def _pretrain_step(
 def _finetune_step(
     config: TrainConfig, networks: model.Networks, optimizers: Optimizers
 ) -> Step:
+    augmented_views = _view_maker(config)
     groups = [
         (optimizers.networks, _network_variables(config, networks)),
         (optimizers.classifier, _classifier_variables(networks)),
     ]
 
     def step(batch: Batch) -> Metrics:
-        (images,) = make_views(batch, config.views, config.seed)
+        (images,) = augmented_views(batch)
         with tf.GradientTape() as tape:
             metrics = _classification(
                 networks.logits(images, training=True), batch["label"]
@@ -350,7 +354,10 @@ def _finetune_step(
 
 
 def make_views(
-    batch: Batch, augmentations: tuple[data_util.Augmentation, ...], seed: int
+    batch: Batch,
+    augmentations: tuple[data_util.Augmentation, ...],
+    seed: int,
+    augment: Callable[..., tf.Tensor] = data_util.augment,
 ) -> list[tf.Tensor]:
     """Returns one augmented view of every image an augmentation.
 
@@ -361,6 +368,7 @@ def make_views(
             a view.
         augmentations: one a view.
         seed: of all draws.
+        augment: `data_util.augment`, possibly compiled.
 
     Returns:
         List of float32 `[b, size, size, c]` in [0, 1].
@@ -375,8 +383,16 @@ def make_views(
             images = crops[:, index] if same_size else crops[index]
             augmentation = dataclasses.replace(augmentation, crop=False)
         keys = data_util.example_keys(seed, batch["epoch"], batch["id"], index)
-        views.append(data_util.augment(images, keys, augmentation))
+        views.append(augment(images, keys, augmentation))
     return views
+
+
+def _view_maker(config: TrainConfig) -> Callable[[Batch], list[tf.Tensor]]:
+    """Returns `make_views` of this run, compiled if that is asked for."""
+    augment = data_util.augment
+    if config.jit_augmentation and not config.jit_compile:
+        augment = tf.function(augment, jit_compile=True)
+    return lambda batch: make_views(batch, config.views, config.seed, augment)
 
 
 class _Gather:
@@ -622,7 +638,7 @@ def _check_finite(names: list[str], history: np.ndarray, step: int) -> None:
 
 def _check_finite_weights(networks: model.Networks, step: int) -> None:
     """Raises TrainingDiverged rather than let a ruined state be saved."""
-    variables = [v for m in networks.trackables().values() for v in m.variables]
+    variables = [v for m in networks.models().values() for v in m.variables]
     for variable in variables:
         if not np.isfinite(variable.numpy()).all():
             raise TrainingDiverged(

@@ -77,6 +77,7 @@ def config(objective, optimizer):
         summary_steps=0,
         steps_per_loop=1,
         jit_compile=False,
+        jit_augmentation=False,
         seed=1,
     )
 
@@ -98,7 +99,7 @@ def main(num_replicas, path, cases):
     keras.utils.set_random_seed(0)
     with strategy.scope():
         networks = model.build_networks(architecture())
-    variables = [v for m in networks.trackables().values() for v in m.variables]
+    variables = [v for m in networks.models().values() for v in m.variables]
     start = [v.numpy() for v in variables]
     for case in cases:
         for variable, value in zip(variables, start, strict=True):

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `data.py`: order, resume, replicas, sources and their reports."""
+"""Tests of `data.py`: order, resume, replicas, images that do not decode."""
 
 import dataclasses
-import hashlib
 import os
-import pathlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from PIL import Image
+from test_sources import prepared, write_pictures, write_records
 
 import data
 import data_util
@@ -18,53 +16,6 @@ import data_util
 _VIEW = data_util.Augmentation(size=8)
 _SMALL_VIEW = data_util.Augmentation(size=4)
 _WHOLE = {}  # what the fixture `whole` has read, by dataset
-
-
-def _picture(value, size=(12, 10), mode="RGB"):
-    """Returns a picture of one colour, `value` in the first channel."""
-    depth = len(Image.new(mode, (1, 1)).getbands())
-    colour = (value, *(255 - value,) * (depth - 1))
-    return Image.new(mode, size, colour if depth > 1 else value)
-
-
-def _write(root, names, **picture):
-    """Writes a picture a name; the i-th has the value i."""
-    for value, name in enumerate(names):
-        path = pathlib.Path(root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _picture(value, **picture).save(path)
-    return str(root)
-
-
-def _write_records(root, num_examples, static, per_shard):
-    """Writes a TFDS dataset of PNGs, label = id // 8, in several shards."""
-    shape = (12, 12, 3) if static else (None, None, 3)
-    info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(
-            name="shards",
-            version=tfds.core.Version("1.0.0"),
-            data_dir=str(root),
-            module_name="",
-        ),
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(
-                    shape=shape, encoding_format="png"
-                ),
-                "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
-            }
-        ),
-    )
-    os.makedirs(root, exist_ok=True)
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=per_shard)
-    writer.initialize_splits(["train"])
-    examples = [
-        {"image": np.asarray(_picture(i, (12, 12))), "label": i // 8}
-        for i in range(num_examples)
-    ]
-    writer.add_examples({"train": examples})
-    writer.close_all()
-    return str(root)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +26,8 @@ def sources(tmp_path_factory):
     images = np.tile(images, (1, 6, 5, 2))
     np.savez(root / "arrays.npz", images=images, labels=np.arange(23) // 8)
     names = [f"train/{'abc'[i // 8]}/{i:03}.png" for i in range(23)]
-    _write(root / "files", names, size=(200, 150))
-    _write_records(root / "records", 23, static=False, per_shard=4)
+    write_pictures(root / "files", names, size=(200, 150))
+    write_records(root / "records", 23, static=False, per_shard=4)
     records = data.load(str(root / "records"))
     two = dataclasses.replace(records.source, shards_per_group=2)
     return {
@@ -86,9 +37,9 @@ def sources(tmp_path_factory):
     }
 
 
-@pytest.fixture(params=["arrays", "files", "records"])
-def source(request, sources, monkeypatch):
-    """Returns each dataset in turn; crops are corners, quick to trace."""
+@pytest.fixture
+def corner_crops(monkeypatch):
+    """Makes crops corners, which are quick to trace."""
 
     def corner(encoded, size, channels):
         image = tf.io.decode_png(encoded, channels)[:size, :size]
@@ -104,6 +55,11 @@ def source(request, sources, monkeypatch):
         "decode_center_crop",
         lambda encoded, size, _, channels: corner(encoded, size, channels),
     )
+
+
+@pytest.fixture(params=["arrays", "files", "records"])
+def source(request, sources, corner_crops):
+    """Returns each dataset in turn."""
     return sources[request.param]
 
 
@@ -198,18 +154,22 @@ def test_order_depends_on_the_seed(source, whole):
 
 
 def test_resumed_stream_reads_no_earlier_group(sources, monkeypatch):
-    groups = []
-    load = data._Groups._load
+    read, read_shard = [], data._read_shard
 
-    def spy(self, group):
-        tf.py_function(lambda g: groups.append(int(g)), [group], [])
-        return load(self, group)
+    def spy(filename, *args):
+        tf.py_function(lambda x: read.append(x.numpy()), [filename], [])
+        return read_shard(filename, *args)
 
-    monkeypatch.setattr(data._Groups, "_load", spy)
-    records = sources["records"]
-    assert records.source.shards_per_group == 2
-    _train(records, batch_size=23, first_step=5, num_steps=1)
-    assert min(groups) == 5 * 3  # three groups an epoch
+    monkeypatch.setattr(data, "_read_shard", spy)
+    source = sources["records"].source
+    assert (len(source.filenames), source.shards_per_group) == (6, 2)
+    epoch = data._Plan(23, 23, 1, 0, 1, seed=1, first_step=5, num_steps=1)
+    assert len(list(data._record_rows(source, epoch))) == 23
+    assert sorted(read) == [os.fsencode(name) for name in source.filenames]
+    read.clear()
+    last_row = data._Plan(23, 1, 1, 0, 1, seed=1, first_step=137, num_steps=1)
+    assert len(list(data._record_rows(source, last_row))) == 1
+    assert len(read) == 2
 
 
 def test_stream_without_a_number_of_steps_is_endless(source):
@@ -293,7 +253,7 @@ def test_shapes_are_static(source):
             assert spec.shape[0] == 4
 
 
-def test_views_of_two_sizes_come_as_a_tuple(sources):
+def test_views_of_two_sizes_come_as_a_tuple(sources, corner_crops):
     stream = data.train_stream(
         sources["files"], batch_size=2, seed=0, views=(_VIEW, _SMALL_VIEW)
     )
@@ -337,68 +297,14 @@ def test_evaluation_batch_may_exceed_the_dataset(source):
     assert [float(np.sum(b["weight"])) for b in batches] == [20, 3]
 
 
-# Folders
+# Images that do not decode
 
 
-def test_class_folders_are_split_by_a_stable_hash(tmp_path):
-    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(80)]
-    root = _write(tmp_path, names)
-    train, test = data.load(root), data.load(root, "test")
-    assert train.class_names == test.class_names == ("a", "b")
-    held_out = [n for n in names if _hash(n) % 10 == 0]
-    assert 2 < test.num_examples == len(held_out) < 20
-    assert train.num_examples + test.num_examples == 80
-    assert data.load(root, "all").num_examples == 80
-
-
-def _hash(name):
-    return int(hashlib.blake2b(name.encode(), digest_size=4).hexdigest(), 16)
-
-
-@pytest.mark.parametrize("prefix", ["", "train/", "Training/"])
-def test_flat_folder_is_unlabelled(tmp_path, prefix):
-    root = _write(tmp_path, [f"{prefix}{i}.png" for i in range(30)])
-    dataset = data.load(root)
-    assert dataset.num_classes == 0
-    assert set(dataset.source.labels) == {-1}
-    assert "unlabelled" in data.describe(dataset)
-
-
-def test_class_index_is_the_same_in_every_split(tmp_path):
-    names = ["train/a/0.png", "train/b/1.png", "val/b/2.png", "val/b/s/3.png"]
-    root = _write(tmp_path, names)
-    dataset = data.load(root, "validation")
-    assert dataset.class_names == ("a", "b")
-    assert list(dataset.source.labels) == [1, 1]
-    assert "without examples in this split: a" in data.describe(dataset)
-
-
-def test_report_names_what_was_skipped_and_counts_classes(tmp_path):
-    root = _write(tmp_path / "x", [f"train/a/{i}.png" for i in range(3)])
-    folder = tmp_path / "x" / "train" / "a"
-    whole = (folder / "0.png").read_bytes()
-    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
-    Image.fromarray(noise).save(folder / "cut.png")
-    os.truncate(folder / "cut.png", 8000)  # of 11 kB: the header is whole
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.bmp").write_text("no image")
-    (folder / "appended.png").write_bytes(whole + b"a few bytes more")
-    (folder / "picture.webp").write_bytes(b"")
-    (folder / ".hidden.png").write_bytes(b"")
-    dataset = data.load(root)
-    report = data.describe(dataset)
-    assert dataset.num_examples == 4
-    assert "3 unreadable, skipped: " in report
-    for name in ("cut.png", "empty.jpg", "text.bmp"):
-        assert name in report
-    assert "'.webp': 1" in report
-    assert "a: 4" in report
-    assert "'a' is the only folder" in report
-
-
-def test_image_that_breaks_later_becomes_grey_and_is_named(tmp_path):
+def test_image_that_breaks_later_becomes_grey_and_is_named(
+    tmp_path, corner_crops
+):
     names = [f"train/a/{i:02}.png" for i in range(20)]
-    root = _write(tmp_path, names, size=(200, 200))
+    root = write_pictures(tmp_path, names, size=(200, 200))
     dataset = data.load(root)
     broken = dataset.source.paths[7]
     os.truncate(broken, 60)
@@ -415,214 +321,22 @@ def test_image_that_breaks_later_becomes_grey_and_is_named(tmp_path):
     assert evaluated["weight"].sum() == 18
 
 
-def test_many_broken_images_end_the_stream(tmp_path):
+def test_many_broken_images_end_the_stream(tmp_path, corner_crops):
     names = [f"train/a/{i:02}.png" for i in range(20)]
-    dataset = data.load(_write(tmp_path, names, size=(200, 200)))
+    dataset = data.load(write_pictures(tmp_path, names, size=(200, 200)))
     for path in dataset.source.paths[:11]:
         os.truncate(path, 60)
     with pytest.raises(tf.errors.OpError, match="11 did not decode"):
         _train(dataset, batch_size=20, num_steps=1)
 
 
-def test_small_images_of_one_size_are_held_in_memory(tmp_path):
-    names = [f"train/{i}.png" for i in range(5)]
-    root = _write(tmp_path / "small", names, size=(12, 10))
-    dataset = data.load(root)
-    assert not dataset.is_encoded
-    assert dataset.image_size == (10, 12)
-    np.testing.assert_array_equal(
-        dataset.source.images[:, 0, 0, 0], [0, 1, 2, 3, 4]
-    )
-    assert data.load(root, memory_limit=5 * 360 - 1).is_encoded
-    root = _write(tmp_path / "large", names, size=(129, 10))
-    assert data.load(root).is_encoded
-
-
-@pytest.mark.parametrize(
-    ("mode", "channels"),
-    [("L", 1), ("L", 3), ("RGB", 1), ("RGBA", 4), ("RGB", 4), ("I;16", 1)],
-)
-@pytest.mark.parametrize("size", [(12, 10), (150, 150)])
-def test_channels_are_those_asked_for(tmp_path, mode, channels, size):
-    os.mkdir(tmp_path / "train")
-    picture = Image.new(mode, size, 0x2000 if mode == "I;16" else None)
-    picture.save(tmp_path / "train" / "0.png")
-    dataset = data.load(str(tmp_path), channels=channels)
-    batch = next(iter(_eval_steps(dataset)))
-    assert batch["weight"][0] == 1
-    assert batch["image"].shape[-1] == channels
-    assert not dataset.undecodable
-    if mode == "I;16":
-        assert batch["image"][0, 0, 0, 0] == 0x20
-        assert "16 bits" in data.describe(dataset)
-
-
-def test_dropped_alpha_is_said(tmp_path):
-    root = _write(tmp_path, ["train/0.png"], mode="RGBA")
-    assert "alpha channel" in data.describe(data.load(root))
-    assert "alpha channel" not in data.describe(data.load(root, channels=4))
-
-
-def test_jpeg_gif_and_bmp_are_read(tmp_path):
-    names = [f"train/{i}.{e}" for i, e in enumerate(("jpg", "gif", "bmp"))]
-    dataset = data.load(_write(tmp_path, names))
-    assert dataset.num_examples == 3
-    assert not dataset.undecodable
-    with pytest.raises(ValueError, match="each format decodes to.*JPEG"):
-        data.load(str(tmp_path), channels=4)
-
-
-# Arrays
-
-
-def test_npz_may_have_any_channels_and_no_labels(tmp_path):
-    path = str(tmp_path / "x.npz")
-    np.savez(path, images=np.zeros((10, 4, 4, 6), np.uint8))
-    dataset = data.load(path, "train[:50%]")
-    assert (dataset.num_examples, dataset.channels) == (5, 6)
-    assert dataset.num_classes == 0
-    with pytest.raises(ValueError, match="6 channels.*channels=3"):
-        data.load(path, channels=3)
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"x": np.zeros(3)},
-        {"images": np.zeros((3, 4, 4, 3), np.float32)},
-        {"images": np.zeros((3, 4, 4), np.uint8)},
-        {"images": np.zeros((3, 4, 4, 3), np.uint8), "labels": np.zeros(3)},
-        {"images": np.zeros((3, 4, 4, 3), np.uint8), "labels": np.arange(2)},
-    ],
-)
-def test_npz_of_other_arrays_is_refused(tmp_path, arrays):
-    np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ValueError, match="must hold `images`, uint8"):
-        data.load(str(tmp_path / "x.npz"))
-
-
-# Photo patches
-
-
-def test_photo_patches_are_the_same_bits_everywhere():
-    train, test = (data.load("photo_patches", s) for s in ("train", "test"))
-    assert train.num_examples, test.num_examples == (10_000, 2_000)
-    assert np.ptp(np.bincount(train.source.labels, minlength=16)) == 0
-    digests = [
-        hashlib.sha256(d.source.images.tobytes()).hexdigest()[:16]
-        for d in (train, test)
-    ]
-    assert digests == ["e3b84fb10076b65d", "ffe4e6615ba74217"]
-
-
-@pytest.mark.parametrize("size", [(451, 300), (303, 384)])
-def test_train_and_test_patches_share_no_pixel(size):
-    boxes = {
-        split: np.array(
-            [
-                data._patch_box(size, split, np.random.RandomState(seed))
-                for seed in range(500)
-            ]
-        )
-        for split in ("train", "test")
-    }
-    seen = {split: np.zeros(size, bool) for split in boxes}
-    for split, all_boxes in boxes.items():
-        assert (all_boxes >= 0).all()
-        assert (all_boxes[:, 2:] <= size).all()
-        for left, top, right, bottom in all_boxes:
-            assert right - left == bottom - top
-            seen[split][left:right, top:bottom] = True
-    assert not (seen["train"] & seen["test"]).any()
-    assert seen["train"].mean() > 0.6
-    assert seen["test"].mean() > 0.2
-
-
-# TFDS
-
-
-def test_slices_and_sums_of_splits_are_read(tmp_path):
-    root = _write_records(tmp_path, 20, static=True, per_shard=6)
-    dataset = data.load(root, "train[25%:75%]+train[-2:]")
-    assert not dataset.is_encoded
-    np.testing.assert_array_equal(
-        dataset.source.images[:, 0, 0, 0], [*range(5, 15), 18, 19]
-    )
-    encoded = data.load(root, "train[25%:75%]+train[-2:]", memory_limit=0)
-    batch = _joined(list(_eval_steps(encoded).as_numpy_iterator()))
-    np.testing.assert_array_equal(
-        batch["image"][:12, 0, 0, 0], dataset.source.images[:, 0, 0, 0]
-    )
-    np.testing.assert_array_equal(batch["id"][:12], range(12))
-
-
-def _prepared(name, split):
-    if not tfds.builder(name).is_prepared():
-        pytest.skip(f"{name} is not prepared in {tfds.builder(name).data_dir}")
-    return data.load(name, split)
-
-
-def test_cifar10_is_loaded_as_tfds_reads_it():
-    dataset = _prepared("cifar10", "test[:1000]")
-    assert dataset.class_names[:2] == ("airplane", "automobile")
-    expected = tfds.load("cifar10", split="test[:1000]", batch_size=-1)
-    np.testing.assert_array_equal(dataset.source.images, expected["image"])
-    np.testing.assert_array_equal(dataset.source.labels, expected["label"])
-
-
 def test_imagenet_is_cropped_on_the_host():
-    dataset = _prepared("imagenet2012", "train")
+    dataset = prepared("imagenet2012", "train")
     assert dataset.image_size is None
     assert dataset.num_classes == 1000
     batch = _joined(_train(dataset, batch_size=4, num_steps=1))
     assert batch["crops"].shape == (4, 2, 8, 8, 3)
     assert not dataset.undecodable
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "message"),
-    [
-        ("cifar11", "train", "no dataset of this name.*'cifar10'"),
-        ("./nowhere", "train", "no such folder.*nowhere"),
-        ("./nowhere.npz", "train", "No .npz archive"),
-        ("photo_patches", "tset", "'tset'.*{'train': 10000, 'test': 2000}"),
-        ("photo_patches", "train[:0%]", "no examples in split"),
-    ],
-)
-def test_unknown_name_or_split_is_explained(name, split, message):
-    with pytest.raises(ValueError, match=message):
-        data.load(name, split)
-
-
-def test_folder_without_images_says_what_it_holds(tmp_path):
-    (tmp_path / "a.webp").write_bytes(b"")
-    with pytest.raises(ValueError, match="no images.*'.webp': 1"):
-        data.load(str(tmp_path))
-
-
-def test_folder_of_broken_images_is_refused(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="can be decoded: train.a.png"):
-        data.load(str(tmp_path))
-
-
-def test_folder_too_small_to_hold_out_a_test_split_is_refused(tmp_path):
-    root = _write(tmp_path, ["a/0.png"])
-    with pytest.raises(ValueError, match="no examples in split 'test'"):
-        data.load(root, "test")
-
-
-def test_failed_preparation_names_the_folder(tmp_path, monkeypatch):
-    def fail(self):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
-    with pytest.raises(ValueError, match=f"{tmp_path}.*no network.*tfds build"):
-        data.load("mnist", data_dir=str(tmp_path))
 
 
 def test_batches_that_cannot_be_are_refused(sources):
@@ -631,6 +345,8 @@ def test_batches_that_cannot_be_are_refused(sources):
         data.train_stream(arrays, batch_size=24, seed=0)
     with pytest.raises(ValueError, match="multiple.*batch_size=5"):
         data.train_stream(arrays, batch_size=5, seed=0, num_replicas=2)
+    with pytest.raises(ValueError, match="multiple.*batch_size=0"):
+        data.eval_stream(arrays, batch_size=0)
     with pytest.raises(ValueError, match="num_pipelines"):
         data.eval_stream(arrays, batch_size=6, num_replicas=2, num_pipelines=3)
     with pytest.raises(ValueError, match="`views` must"):

@@ -190,6 +190,12 @@ def test_center_crop_is_simclrs(reference, images):
     np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
+def test_center_crop_of_odd_rest_leaves_more_at_the_top_left():
+    images = np.random.default_rng(0).integers(0, 256, [2, 41, 41, 3], np.uint8)
+    x = data_util.eval_images(images, 36, crop_proportion=0.875)
+    np.testing.assert_allclose(x, images[:, 3:39, 3:39] / 255, atol=1e-6)
+
+
 def test_eval_images_of_the_right_size_stay_as_they_are(images):
     x = data_util.eval_images(images, SIZE)
     np.testing.assert_allclose(x, images / 255.0, atol=1e-6)
@@ -348,6 +354,17 @@ def test_color_operations_come_in_every_order_and_each_once():
     expected = expected @ [1000, 100, 10, 1]
     np.testing.assert_array_equal(plane.numpy()[:, 0], expected)
     assert len(np.unique(expected)) == 24
+
+
+def test_color_operations_clip_where_they_are_active():
+    double = data_util._Operation(
+        function=data_util.scale_brightness,
+        amount=tf.fill([2, 1], 2.0),
+        order=tf.zeros([2, 1]),
+        active=tf.constant([[True], [False]]),
+    )
+    (plane,) = double([tf.constant([[0.8, 1.1], [0.8, 1.1]])])
+    np.testing.assert_allclose(plane, [[1.0, 1.0], [0.8, 1.1]])
 
 
 # Views as wholes.

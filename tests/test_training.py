@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs: through the command line, killed, resumed, followed."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+from absl.testing import flagsaver
+from tensorboard.backend.event_processing import event_accumulator
+
+import run
+import trainer
+
+_ROOT = pathlib.Path(run.__file__).parent
+_SMALL = [
+    "--dataset=photo_patches",
+    "--resnet_depth=10",
+    "--width_multiplier=0.125",
+    "--image_size=16",
+    "--train_batch_size=32",
+    "--proj_out_dim=16",
+    "--objective=simclr",
+    "--warmup_epochs=0",
+    "--learning_rate=0.5",
+]
+_STEPS = 40
+_TRAIN = [
+    *_SMALL,
+    f"--train_steps={_STEPS}",
+    "--checkpoint_steps=10",
+    "--train_summary_steps=1",
+    "--steps_per_loop=1",
+]
+
+
+class _Process:
+    """The program in a process of its own, its log in a file."""
+
+    def __init__(self, directory, *words):
+        directory.parent.mkdir(exist_ok=True)
+        self._log = directory.parent / f"log-{time.monotonic_ns()}"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "run.py", f"--model_dir={directory}", *words],
+                cwd=_ROOT,
+                stderr=log,
+            )
+
+    def wait_for(self, path):
+        while not path.exists():
+            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def end(self, code=0):
+        try:
+            got = self._process.wait(timeout=200)
+        finally:
+            self._process.kill()
+        log = self._log.read_text()
+        assert got == code, log[-3000:]
+        return log
+
+
+def _tensors(directory, step=_STEPS):
+    reader = tf.train.load_checkpoint(f"{directory}/ckpt-{step}")
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        # Of the file, not of the run.
+        if name != "_CHECKPOINTABLE_OBJECT_GRAPH" and "save_counter" not in name
+    }
+
+
+def _scalars(directory, run_name=""):
+    events = event_accumulator.EventAccumulator(
+        os.path.join(directory, run_name), {"tensors": 0}
+    )
+    events.Reload()
+    return {
+        tag: [
+            (event.step, float(tf.make_ndarray(event.tensor_proto)))
+            for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()["tensors"]
+        if tag != "augmented_views"
+    }, [event.step for event in events.Tensors("augmented_views")]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that is killed, then terminated, then finished, and followed."""
+    directory = tmp_path_factory.mktemp("killed") / "run"
+    follower = _Process(directory, "--mode=eval")
+    process = _Process(directory, *_TRAIN)
+    process.wait_for(directory / "ckpt-10.index")
+    time.sleep(0.3)
+    process.send(signal.SIGKILL)
+    process.end(-signal.SIGKILL)
+    process = _Process(directory, *_TRAIN)
+    process.wait_for(directory / "ckpt-20.index")
+    process.send(signal.SIGTERM)
+    terminated = process.end(128 + signal.SIGTERM)
+    _Process(directory, *_TRAIN).end()
+    follower.end()
+    return directory, terminated
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same run, never interrupted."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    _Process(directory, *_TRAIN, "--mode=train_then_eval").end()
+    return directory
+
+
+def test_sigterm_saves_first(killed):
+    _, log = killed
+    assert "Interrupted. Saved at step" in log
+
+
+def test_a_killed_run_ends_with_the_same_bits(killed, whole):
+    got, expected = _tensors(killed[0]), _tensors(whole)
+    assert set(got) == set(expected)
+    assert len(got) > 100
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, name)
+
+
+def test_curves_are_unbroken_and_the_same(killed, whole):
+    got, _ = _scalars(killed[0])
+    expected, views = _scalars(whole)
+    assert views == [0]
+    expected_tags = {
+        f"train/{name}"
+        for name in (
+            "contrastive_loss",
+            "contrast_accuracy",
+            "contrast_entropy",
+            "probe_top_1_accuracy",
+            "mean_similarity",
+            "effective_rank",
+            "feature_std",
+            "learning_rate",
+            "images_per_second",
+        )
+    }
+    assert expected_tags <= set(expected)
+    for tag, points in expected.items():
+        if tag == "train/images_per_second":
+            continue
+        assert [step for step, _ in points] == list(range(1, _STEPS + 1))
+        assert got[tag] == points, tag
+
+
+def test_a_second_process_evaluates_until_training_is_done(killed, whole):
+    got = json.loads((killed[0] / f"result_{_STEPS}.json").read_text())
+    expected = json.loads((whole / "result.json").read_text())
+    assert got == expected
+    assert got["num_examples"] == 2000
+    assert got["global_step"] == _STEPS
+    assert 0 < got["top_1_accuracy"] < got["top_5_accuracy"] <= 1
+    events = event_accumulator.EventAccumulator(
+        str(killed[0] / "eval"), {"tensors": 0}
+    )
+    events.Reload()
+    points = events.Tensors("eval/top_1_accuracy")
+    assert points[-1].step == _STEPS
+
+
+def test_a_run_explains_itself(whole):
+    record = json.loads((whole / "run.json").read_text())
+    assert record["flags"]["temperature"] == 0.1
+    assert record["sources"]["temperature"] == "simclr"
+    assert record["sources"]["learning_rate"] == "command line"
+    assert record["train_steps"] == _STEPS
+    assert record["versions"]["tensorflow"] == tf.__version__
+    assert record["architecture"]["resnet_depth"] == 10
+
+
+# In this process, through `run.main`.
+
+
+@pytest.fixture(autouse=True)
+def _flags():
+    with flagsaver.flagsaver():
+        yield
+
+
+def _main(*words):
+    """Runs the program; returns its exit code."""
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["run.py", *words])
+    try:
+        run.main(["run.py"])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pretrained") / "run"
+    with flagsaver.flagsaver():
+        code = _main(f"--model_dir={directory}", *_SMALL, "--train_steps=3")
+    assert code == 0
+    return directory
+
+
+@pytest.mark.parametrize("after_block", [-1, 0, 2, 4])
+def test_fine_tuning_moves_nothing_that_is_frozen(
+    pretrained, tmp_path, after_block
+):
+    code = _main(
+        f"--model_dir={tmp_path}",
+        f"--checkpoint={pretrained}",
+        "--train_mode=finetune",
+        "--mode=train_then_eval",
+        f"--fine_tune_after_block={after_block}",
+        "--dataset=photo_patches",
+        "--train_batch_size=32",
+        "--train_steps=2",
+    )
+    assert code == 0
+    before, after = _tensors(pretrained, 3), _tensors(tmp_path, 2)
+    frozen = ["initial"]
+    frozen += [f"block_group{i}_" for i in range(1, after_block + 1)]
+    if after_block == -1:
+        frozen = []
+    keys = [key for key in before if key.startswith("encoder/")]
+    assert len(keys) == 65
+    for key in keys:
+        same = np.array_equal(before[key], after[key])
+        assert same == any(f"/{name}" in key for name in frozen), key
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["train_mode"] == "finetune"
+
+
+def test_the_head_can_sit_on_any_layer_of_the_projection(pretrained, tmp_path):
+    code = _main(
+        f"--model_dir={tmp_path}",
+        f"--checkpoint={pretrained}",
+        "--train_mode=finetune",
+        "--ft_proj_selector=1",
+        "--dataset=photo_patches",
+        "--train_batch_size=32",
+        "--train_steps=2",
+    )
+    assert code == 0
+    before, after = _tensors(pretrained, 3), _tensors(tmp_path, 2)
+    moved = {
+        key
+        for key in before
+        if key.startswith("projection/")
+        and not np.array_equal(before[key], after[key])
+    }
+    # The first layer of three, with its BatchNorm: kernel, gamma, beta and
+    # two statistics.
+    assert len(moved) == 5
+
+
+def test_nan_stops_with_the_step(tmp_path, capsys):
+    code = _main(
+        f"--model_dir={tmp_path}",
+        *_SMALL,
+        "--checkpoint_steps=1",
+        "--train_steps=30",
+        "--optimizer=momentum",
+        "--learning_rate=1e30",
+    )
+    assert code == 3
+    error = capsys.readouterr().err
+    assert "Training stopped" in error
+    assert "step" in error
+    assert "learning rate" in error
+    # Whatever was saved is finite.
+    latest = tf.train.latest_checkpoint(str(tmp_path))
+    if latest:
+        for value in _tensors(tmp_path, int(latest.split("-")[-1])).values():
+            assert np.isfinite(value).all()
+
+
+def test_another_architecture_is_refused_with_the_differing_flag(
+    pretrained, capsys
+):
+    words = [f"--model_dir={pretrained}", *_SMALL, "--train_steps=6"]
+    assert _main(*words, "--resnet_depth=18") == 2
+    error = capsys.readouterr().err
+    assert "resnet_depth: 10 there, 18 here" in error
+
+
+def test_a_finished_run_says_so(pretrained, caplog):
+    words = [f"--model_dir={pretrained}", *_SMALL, "--train_steps=3"]
+    assert _main(*words) == 0
+    assert "Already trained: 3 steps." in caplog.text
+
+
+def test_bfloat16_trains(tmp_path):
+    try:
+        code = _main(
+            f"--model_dir={tmp_path}",
+            *_SMALL,
+            "--mixed_precision",
+            "--train_steps=2",
+            "--mode=train_then_eval",
+        )
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert code == 0
+
+
+def test_the_step_compiles_under_xla_and_computes_the_same(tmp_path):
+    metrics = []
+    for jit in ("true", "false"):
+        directory = tmp_path / jit
+        words = [*_SMALL, f"--jit_compile={jit}", "--train_steps=2"]
+        words.append("--train_summary_steps=1")
+        assert _main(f"--model_dir={directory}", *words) == 0
+        metrics.append(_scalars(directory)[0])
+    for tag in ("train/loss", "train/probe_loss", "train/effective_rank"):
+        np.testing.assert_allclose(
+            metrics[0][tag], metrics[1][tag], rtol=2e-2, err_msg=tag
+        )
+
+
+@pytest.mark.parametrize("objective", ["rpc", "wpc"])
+def test_the_other_kinds_of_step_train(objective, tmp_path):
+    words = [*_SMALL, f"--objective={objective}", "--train_steps=2"]
+    assert _main(f"--model_dir={tmp_path}", *words) == 0
+
+
+def test_every_objective_has_a_row_and_an_alias_points_to_one():
+    assert set(trainer.ALIASES.values()) <= set(trainer.METHODS)
