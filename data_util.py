@@ -49,8 +49,8 @@ class Augmentation:
     """What one view of an image goes through, in this order.
 
     Crop and resize, flip, colour jitter (four operations in random order,
-    each clipped to [0, 1]), grayscale, blur, solarize, normalize. The defaults
-    are SimCLR's at colour strength 1.
+    each clipped to [0, 1]), grayscale, blur, solarize. The defaults are
+    SimCLR's at colour strength 1.
 
     Attributes:
         size: side of the square output, in pixels.
@@ -75,8 +75,6 @@ class Augmentation:
         blur_sigma: smallest and largest standard deviation of the Gaussian,
             in pixels.
         solarize_probability: of inverting the values of 0.5 and more.
-        mean: subtracted from each channel at the end; None leaves [0, 1].
-        std: each channel is divided by it, after `mean`.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -98,8 +96,6 @@ class Augmentation:
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_probability: float = 0.0
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -109,32 +105,19 @@ class Augmentation:
                 f"`brightness_mode` must be one of {BRIGHTNESS_MODES}. "
                 f"Received: {self.brightness_mode!r}"
             )
-        if (self.mean is None) != (self.std is None):
-            raise ValueError(
-                "`mean` and `std` must be given together. "
-                f"Received: mean={self.mean}, std={self.std}"
-            )
-        self._check_numbers()
-        self._check_ranges()
-
-    def _check_numbers(self) -> None:
-        """Raises if a probability or a strength is out of its range."""
-        largest = {"brightness": float("inf"), "hue": 0.5}
+        limits = {"brightness": float("inf"), "hue": 0.5}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            limit = largest.get(field.name, 1.0)
+            limit = limits.get(field.name, 1.0)
             if field.type is float and not 0 <= value <= limit:
                 raise ValueError(
                     f"`{field.name}` must be between 0 and {limit}. "
                     f"Received: {value}"
                 )
-
-    def _check_ranges(self) -> None:
-        """Raises if a (smallest, largest) pair is not one."""
-        largest = {"crop_area": 1.0}
+        limits = {"crop_area": 1.0}
         for name in ("crop_area", "crop_aspect", "blur_sigma"):
             low, high = getattr(self, name)
-            limit = largest.get(name, float("inf"))
+            limit = limits.get(name, float("inf"))
             if not 0 < low <= high <= limit:
                 raise ValueError(
                     f"`{name}` must hold 0 < smallest <= largest <= {limit}. "
@@ -177,7 +160,7 @@ def simclr_augmentation(
 def byol_augmentation(
     size: int, *, view: int, **overrides: Any
 ) -> Augmentation:
-    """Returns BYOL's augmentation of one of the two views, not normalized.
+    """Returns BYOL's augmentation of one of the two views.
 
     Source: Grill et al., arXiv:2006.07733, table 6; deepmind-research,
     byol/utils/augmentations.py. The paper draws the logarithm of the aspect
@@ -281,6 +264,7 @@ def augment(
 
     Compile it with `tf.function(jit_compile=True)`, also where the step around
     it is not compiled: unfused, it takes about three times as long on a CPU.
+    Compile each view by itself there: the calls then run side by side.
 
     Args:
         images: uint8, or float32 in [0, 1], `[batch, height, width,
@@ -291,25 +275,21 @@ def augment(
             unless there are three channels.
 
     Returns:
-        float32 `[batch, size, size, channels]` in [0, 1], before the
-        normalization if there is one.
+        float32 `[batch, size, size, channels]` in [0, 1].
 
     Raises:
         ValueError: if the images have another size than the one promised.
     """
-    x = _channels_first(images)
-    x = _crop_or_check(x, keys, augmentation)
+    x = tf.image.convert_image_dtype(images, tf.float32)
     draws = uniform(keys[:, tf.newaxis], tf.range(_CROP))
-    x = _random_flip(x, draws, augmentation)
+    flips = draws[:, _FLIP] < augmentation.flip_probability
+    x = _crop_and_flip(x, keys, flips, augmentation)
     # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip
     # after the first colour operation, or to the one before the blur.
     x = _random_color(x, draws, augmentation)
     x = _random_blur(x, draws, augmentation)
     x = _random_solarize(x, draws, augmentation)
-    x = _channels_last(x)
-    if augmentation.mean is not None:
-        x = (x - tf.constant(augmentation.mean)) / augmentation.std
-    return x
+    return tf.transpose(x, [0, 2, 3, 1])
 
 
 def eval_images(
@@ -330,26 +310,16 @@ def eval_images(
     Returns:
         float32 `[batch, size, size, channels]` in [0, 1].
     """
-    x = _channels_first(images)
-    height, width = x.shape[2:]
+    x = tf.image.convert_image_dtype(images, tf.float32)
+    _, height, width, _ = x.shape
     if crop_proportion is not None:
         box = _center_box(height, width, crop_proportion)
-        x = crop_and_resize(x, box[tf.newaxis], size)
     elif (height, width) != (size, size):
-        box = tf.constant([[0, 0, height, width]])
-        x = crop_and_resize(x, box, size)
-    return _channels_last(tf.clip_by_value(x, 0.0, 1.0))
-
-
-def _channels_first(images: tf.Tensor) -> tf.Tensor:
-    """Returns uint8 or float32 images as float32 in [0, 1], transposed."""
-    x = tf.transpose(images, [0, 3, 1, 2])
-    return tf.image.convert_image_dtype(x, tf.float32)
-
-
-def _channels_last(x: tf.Tensor) -> tf.Tensor:
-    """Returns `x` as `[batch, height, width, channels]`."""
-    return tf.transpose(x, [0, 2, 3, 1])
+        box = tf.constant([0, 0, height, width])
+    else:
+        return x
+    x = _crop_and_resize(x, box[tf.newaxis], size)
+    return tf.transpose(tf.clip_by_value(x, 0.0, 1.0), [0, 2, 3, 1])
 
 
 # Crop, resize, flip.
@@ -408,16 +378,8 @@ def _random_sides(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns heights and widths of boxes, and which of them are allowed.
 
-    Args:
-        unit: float32 in [0, 1), any shape; the place of the height between
-            its limits.
-        aspect: float32, shape of `unit`; width / height.
-        full_height: float32 scalar, of the image, pixels.
-        full_width: as `full_height`.
-        augmentation: gives the limits of the area.
-
-    Returns:
-        float32 whole numbers, float32 whole numbers, bool; shape of `unit`.
+    All are float32 whole numbers and bool, of the shape of `aspect`; `unit` in
+    [0, 1) is the place of the height between its limits.
     """
     full_area = full_height * full_width
     min_area, max_area = (s * full_area for s in augmentation.crop_area)
@@ -445,23 +407,28 @@ def _random_sides(
     return height, width, is_valid
 
 
-def crop_and_resize(x: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
+def _crop_and_resize(
+    x: tf.Tensor, boxes: tf.Tensor, size: int, flips: Any = False
+) -> tf.Tensor:
     """Returns crops, resized as by `tf.image.resize(..., "bicubic")`.
 
     Separable resampling is a product with a matrix from each side; the crop
     is in the matrices, so that shapes do not depend on the boxes.
 
     Args:
-        x: float32 `[batch, channels, height, width]`.
+        x: float32 `[batch, height, width, channels]`.
         boxes: int32 `[batch, 4]` or `[1, 4]`: y, x, height, width in pixels.
         size: side of the output, in pixels.
+        flips: bool or bool `[batch]`, which crops to mirror left to right.
 
     Returns:
         float32 `[batch, channels, size, size]`; may exceed the range of `x`.
     """
     top, left, height, width = tf.unstack(tf.cast(boxes, tf.float32), axis=1)
-    rows = _resampling_matrix(top, height, x.shape[2], size)
-    columns = _resampling_matrix(left, width, x.shape[3], size)
+    rows = _resampling_matrix(top, height, x.shape[1], size)
+    columns = _resampling_matrix(left, width, x.shape[2], size)
+    flips = tf.reshape(flips, [-1, 1, 1])
+    columns = tf.where(flips, tf.reverse(columns, [1]), columns)
     return _separable(x, rows, columns)
 
 
@@ -508,23 +475,22 @@ def _separable(x: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
     """Returns `rows @ x @ columns^T` for each image and channel.
 
     Args:
-        x: float32 `[batch, channels, height, width]`.
+        x: float32 `[batch, height, width, channels]`.
         rows: float32 `[batch or 1, new_height, height]`.
         columns: float32 `[batch or 1, new_width, width]`.
 
     Returns:
         float32 `[batch, channels, new_height, new_width]`.
     """
-    _, channels, height, width = x.shape
+    _, height, width, channels = x.shape
     new_height, new_width = rows.shape[1], columns.shape[1]
     # One product an image, not one a channel.
-    x = tf.reshape(
-        tf.transpose(x, [0, 2, 1, 3]), [-1, height * channels, width]
-    )
+    x = tf.matmul(rows, tf.reshape(x, [-1, height, width * channels]))
+    x = tf.reshape(x, [-1, new_height, width, channels])
+    x = tf.transpose(x, [0, 3, 1, 2])
+    x = tf.reshape(x, [-1, channels * new_height, width])
     x = tf.matmul(x, columns, transpose_b=True)
-    x = tf.matmul(rows, tf.reshape(x, [-1, height, channels * new_width]))
-    x = tf.reshape(x, [-1, new_height, channels, new_width])
-    return tf.transpose(x, [0, 2, 1, 3])
+    return tf.reshape(x, [-1, channels, new_height, new_width])
 
 
 def _center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
@@ -535,29 +501,25 @@ def _center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
     return tf.stack([y, x, side, side])
 
 
-def _crop_or_check(
-    x: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
+def _crop_and_flip(
+    x: tf.Tensor,
+    keys: tf.Tensor,
+    flips: tf.Tensor,
+    augmentation: Augmentation,
 ) -> tf.Tensor:
-    """Returns random crops, or `x` if the host has cropped already."""
+    """Returns `x`, channels first; cropped, if the host has not done so."""
     size = augmentation.size
-    height, width = x.shape[2:]
+    _, height, width, _ = x.shape
     if augmentation.crop:
         boxes = random_crop_boxes(keys, height, width, augmentation)
-        return crop_and_resize(x, boxes, size)
+        return _crop_and_resize(x, boxes, size, flips)
     if (height, width) != (size, size):
         raise ValueError(
             f"Without `crop`, images must be {size} x {size} pixels. "
             f"Received: {height} x {width}"
         )
-    return x
-
-
-def _random_flip(
-    x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
-) -> tf.Tensor:
-    """Returns `x`, some images mirrored left to right."""
-    flips = draws[:, _FLIP] < augmentation.flip_probability
-    return tf.where(_per_image(flips), tf.reverse(x, [3]), x)
+    x = tf.where(_per_image(flips), tf.reverse(x, [2]), x)
+    return tf.transpose(x, [0, 3, 1, 2])
 
 
 def _per_image(x: tf.Tensor) -> tf.Tensor:
@@ -569,6 +531,21 @@ def _per_image(x: tf.Tensor) -> tf.Tensor:
 # each channel. XLA makes one loop of a chain of operations on planes; on
 # stacked channels, each operation would be a loop of its own, and write its
 # result to memory.
+
+
+def _larger(x: Any, y: Any) -> tf.Tensor:
+    """Returns the maximum; unlike `tf.maximum`, at no cost for NaN on a CPU."""
+    return tf.where(x > y, x, y)
+
+
+def _smaller(x: Any, y: Any) -> tf.Tensor:
+    """Returns the minimum, see `_larger`."""
+    return tf.where(x < y, x, y)
+
+
+def _clip(x: tf.Tensor) -> tf.Tensor:
+    """Returns `x` in [0, 1]."""
+    return _smaller(_larger(x, 0.0), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -590,7 +567,7 @@ class _Operation:
     def __call__(self, planes: list[tf.Tensor]) -> list[tf.Tensor]:
         changed = self.function(planes, self.amount)
         return [
-            tf.where(self.active, tf.clip_by_value(new, 0.0, 1.0), old)
+            tf.where(self.active, _clip(new), old)
             for new, old in zip(changed, planes, strict=True)
         ]
 
@@ -607,9 +584,12 @@ def _random_color(
     planes = tf.reshape(x, [-1, channels, height * width])
     planes = tf.unstack(planes, axis=1)
     planes = _color_jitter(planes, draws, augmentation)
-    planes = _random_grayscale(planes, draws, augmentation)
-    x = tf.clip_by_value(tf.stack(planes, axis=1), 0.0, 1.0)
-    return tf.reshape(x, [-1, channels, height, width])
+    x = tf.stack(planes, axis=1)
+    # A product even where no image can lose its colour: it also keeps XLA from
+    # computing the colours in the order of the output, three at a time.
+    x = tf.matmul(_gray_matrix(draws, channels, augmentation), x)
+    x = tf.reshape(x, [-1, channels, height, width])
+    return tf.clip_by_value(x, 0.0, 1.0)
 
 
 def _color_jitter(
@@ -618,19 +598,20 @@ def _color_jitter(
     """Returns planes after the colour operations, in random order."""
     b, c = augmentation.brightness, augmentation.contrast
     s, h = augmentation.saturation, augmentation.hue
-    brighten: Callable = scale_brightness
+    brighten: Callable = _scale_brightness
     b_range = (max(1.0 - b, 0.0), 1.0 + b)
     if augmentation.brightness_mode == "additive":
-        brighten, b_range = add_brightness, (-b, b)
+        brighten, b_range = _add_brightness, (-b, b)
 
-    # The dearest first, see `_in_random_order`.
+    # From what is best done once to what is best done eight times, measured,
+    # see `_in_random_order`. Contrast needs all of the image before it.
     table = [
-        (h, _HUE, shift_hue, (-h, h)),
-        (c, _CONTRAST, scale_contrast, (1.0 - c, 1.0 + c)),
-        (s, _SATURATION, scale_saturation, (1.0 - s, 1.0 + s)),
+        (c, _CONTRAST, _scale_contrast, (1.0 - c, 1.0 + c)),
+        (h, _HUE, _shift_hue, (-h, h)),
+        (s, _SATURATION, _scale_saturation, (1.0 - s, 1.0 + s)),
         (b, _BRIGHTNESS, brighten, b_range),
     ]
-    for_any_channels = (scale_contrast, brighten)
+    for_any_channels = (_scale_contrast, brighten)
     draws = draws[:, :, tf.newaxis]
     operations = [
         _Operation(
@@ -664,75 +645,52 @@ def _in_random_order(
     return _in_random_order(first(planes), after)
 
 
-def scale_brightness(
+# The operations take `planes` and, for each image, an amount `[batch, 1]`.
+# Nothing is clipped; all but brightness and contrast need three channels.
+
+
+def _scale_brightness(
     planes: list[tf.Tensor], factor: tf.Tensor
 ) -> list[tf.Tensor]:
-    """Returns planes times `factor`, float32 `[batch, 1]`; not clipped."""
     return [plane * factor for plane in planes]
 
 
-def add_brightness(
+def _add_brightness(
     planes: list[tf.Tensor], delta: tf.Tensor
 ) -> list[tf.Tensor]:
-    """Returns planes plus `delta`, float32 `[batch, 1]`; not clipped."""
     return [plane + delta for plane in planes]
 
 
-def scale_contrast(
+def _scale_contrast(
     planes: list[tf.Tensor], factor: tf.Tensor
 ) -> list[tf.Tensor]:
-    """Returns planes with the distances from their means times `factor`.
-
-    Source: `tf.image.adjust_contrast`.
-
-    Args:
-        planes: float32 `[batch, pixels]`, any number of channels.
-        factor: float32 `[batch, 1]`.
-
-    Returns:
-        As `planes`, not clipped.
-    """
-    x = tf.stack(planes, axis=1)
-    mean = tf.reduce_mean(x, axis=2, keepdims=True)
-    return tf.unstack(mean + factor[:, tf.newaxis] * (x - mean), axis=1)
+    """As `tf.image.adjust_contrast`: scales the distance from the mean."""
+    # In two steps, which XLA turns into better loops.
+    pixels = planes[0].shape[1]
+    means = [tf.reduce_sum(tf.reduce_sum(tf.reshape(p,[-1,32,pixels//32]),1),1,keepdims=True)/pixels for p in planes]
+    return [
+        mean + factor * (plane - mean)
+        for mean, plane in zip(means, planes, strict=True)
+    ]
 
 
-def scale_saturation(
+def _scale_saturation(
     planes: list[tf.Tensor], factor: tf.Tensor
 ) -> list[tf.Tensor]:
-    """Returns planes with HSV saturation times `factor`, at most 1.
+    """As `tf.image.adjust_saturation`: scales HSV saturation, to at most 1.
 
     A colour keeps its largest channel, and the other two move away from it in
     proportion; they reach 0 where saturation is 1.
-
-    Source: `tf.image.adjust_saturation`.
-
-    Args:
-        planes: three float32 `[batch, pixels]`.
-        factor: float32 `[batch, 1]`, not negative.
-
-    Returns:
-        As `planes`.
     """
     value, chroma = _value_and_chroma(planes)
-    factor = tf.minimum(factor, tf.math.divide_no_nan(value, chroma))
-    factor = tf.maximum(factor, 0.0)
+    factor = _smaller(factor, tf.math.divide_no_nan(value, chroma))
+    factor = _larger(factor, 0.0)
     return [value + factor * (plane - value) for plane in planes]
 
 
-def shift_hue(planes: list[tf.Tensor], shift: tf.Tensor) -> list[tf.Tensor]:
-    """Returns planes with HSV hue shifted; value and saturation stay.
-
-    Source: `tf.image.adjust_hue`.
-
-    Args:
-        planes: three float32 `[batch, pixels]`.
-        shift: float32 `[batch, 1]`, full circles, between -1 and 1.
-
-    Returns:
-        As `planes`.
-    """
-    red, green, blue = planes = _compute_once(planes)
+def _shift_hue(planes: list[tf.Tensor], shift: tf.Tensor) -> list[tf.Tensor]:
+    """As `tf.image.adjust_hue`: shifts HSV hue by full circles."""
+    red, green, blue = planes
     value, chroma = _value_and_chroma(planes)
     # Hue in sixths of the circle: an offset for the largest channel, and a
     # position between the other two.
@@ -741,20 +699,15 @@ def shift_hue(planes: list[tf.Tensor], shift: tf.Tensor) -> list[tf.Tensor]:
     difference = tf.where(green_is_max, blue - red, red - green)
     difference = tf.where(red_is_max, green - blue, difference)
     hue = offset + tf.math.divide_no_nan(difference, chroma) + 6.0 * shift
-
-    def channel(sector: float) -> tf.Tensor:
-        position = sector + hue
-        # `tf.math.floormod` would take longer than all the rest of this.
-        position -= 6.0 * tf.floor(position / 6.0)
-        ramp = tf.minimum(position, 4.0 - position)
-        return value - chroma * tf.clip_by_value(ramp, 0.0, 1.0)
-
-    return [channel(5.0), channel(3.0), channel(1.0)]
-
-
-def _compute_once(planes: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Returns the planes; XLA does not compute them for each reader again."""
-    return tf.unstack(tf.stack(planes, axis=1), axis=1)
+    # `tf.math.floormod` would take longer than all the rest of this.
+    hue -= 6.0 * tf.floor(hue / 6.0)
+    shares = (
+        tf.abs(hue - 3.0) - 1.0,
+        2.0 - tf.abs(hue - 2.0),
+        2.0 - tf.abs(hue - 4.0),
+    )
+    smallest = value - chroma
+    return [smallest + chroma * _clip(share) for share in shares]
 
 
 def _value_and_chroma(
@@ -762,37 +715,25 @@ def _value_and_chroma(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the largest of three planes, and its distance to the smallest."""
     red, green, blue = planes
-    value = tf.maximum(tf.maximum(red, green), blue)
-    return value, value - tf.minimum(tf.minimum(red, green), blue)
+    value = _larger(_larger(red, green), blue)
+    return value, value - _smaller(_smaller(red, green), blue)
 
 
-def grayscale(planes: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Returns the luma of three planes, three times.
-
-    Source: weights of `tf.image.rgb_to_grayscale`.
-    """
-    red, green, blue = _compute_once(planes)
-    return [0.2989 * red + 0.5870 * green + 0.1140 * blue] * 3
-
-
-def _random_grayscale(
-    planes: list[tf.Tensor], draws: tf.Tensor, augmentation: Augmentation
-) -> list[tf.Tensor]:
-    """Returns planes, some images without colour."""
-    probability = augmentation.grayscale_probability
-    if probability == 0 or len(planes) != 3:
-        return planes
-    fades = draws[:, _GRAYSCALE, tf.newaxis] < probability
-    return [
-        tf.where(fades, gray, plane)
-        for gray, plane in zip(grayscale(planes), planes, strict=True)
-    ]
+def _gray_matrix(
+    draws: tf.Tensor, channels: int, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns `[batch, channels, channels]`: identity, or what makes gray."""
+    identity = tf.eye(channels)
+    fades = draws[:, _GRAYSCALE] < augmentation.grayscale_probability
+    # The weights of `tf.image.rgb_to_grayscale`.
+    luma = tf.constant([0.2989, 0.5870, 0.1140]) if channels == 3 else identity
+    return tf.where(fades[:, tf.newaxis, tf.newaxis], luma, identity)
 
 
 # Blur, solarize.
 
 
-def gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
+def _gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     """Returns blurred images; outside of the image is black.
 
     Args:
@@ -805,7 +746,7 @@ def gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
         float32, shape of `x`.
     """
     rows, columns = (_blur_matrix(sigma, radius, n) for n in x.shape[2:])
-    return _separable(x, rows, columns)
+    return _separable(tf.transpose(x, [0, 2, 3, 1]), rows, columns)
 
 
 def _blur_matrix(sigma: tf.Tensor, radius: int, length: int) -> tf.Tensor:
@@ -834,7 +775,7 @@ def _random_blur(
     blurs = _per_image(draws[:, _BLUR] < augmentation.blur_probability)
     low, high = augmentation.blur_sigma
     sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
-    blurred = gaussian_blur(x, sigma, radius)
+    blurred = _gaussian_blur(x, sigma, radius)
     # Rounding may exceed 1 by a last digit.
     return tf.where(blurs, tf.minimum(blurred, 1.0), x)
 

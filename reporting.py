@@ -69,7 +69,7 @@ class Reporter:
     def start(self, step: int) -> None:
         """Begins, or goes on, at `step`."""
         if self._summary_steps:
-            if step:
+            if tf.io.gfile.glob(os.path.join(self._directory, "events.*")):
                 _void_events_after(self._directory, step)
             self._writer = tf.summary.create_file_writer(self._directory)
             with self._writer.as_default(step):

@@ -5,7 +5,9 @@ import collections
 import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -100,8 +102,8 @@ class Dataset:
         image_size: `(height, width)`, or None where sizes vary.
         notes: what a user should know: images skipped, layout found, ...
         undecodable: names of images a stream failed to decode; grows while
-            streams run. In their place stands a grey image with label -1
-            (weight 0 in evaluation).
+            streams run. In their place stands a grey image of label -1 and
+            weight 0.
     """
 
     name: str
@@ -154,13 +156,7 @@ def some(names: Sequence[str], shown: int = 5) -> str:
 def _select(split: str, sizes: dict[str, int], name: str) -> np.ndarray:
     """Returns the numbers of the examples a split expression asks for.
 
-    Args:
-        split: as TFDS writes it: "train", "train[:90%]", "train+test".
-        sizes: number of examples of each split, laid end to end.
-        name: the dataset, for the error.
-
-    Raises:
-        ValueError: if there is no such split, or it is empty.
+    They count through the splits of `sizes`, laid end to end.
     """
     infos = {
         key: tfds.core.SplitInfo(
@@ -199,8 +195,8 @@ def _fits_in_memory(
     )
 
 
-def _decode(encoded: tf.Tensor, channels: int = 0) -> tf.Tensor:
-    """Decodes an image whole, of a GIF the first frame."""
+def _decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
+    """Decodes an image whole, of a GIF the first frame; 0 channels: its own."""
     return tf.io.decode_image(encoded, channels, expand_animations=False)
 
 
@@ -256,21 +252,20 @@ def open_npz(path: str, split: str) -> Dataset:
 # TFDS
 
 
-def tfds_builder(name: str, data_dir: str | None) -> Any:
-    """Returns the builder of a dataset, or of a folder, prepared.
+def is_tfds_folder(path: str) -> bool:
+    """Whether TFDS has prepared a dataset there."""
+    return os.path.exists(os.path.join(path, "dataset_info.json"))
 
-    Raises:
-        ValueError: if the name is unknown, or preparing it fails.
-    """
-    if os.path.exists(os.path.join(name, "dataset_info.json")):
+
+def tfds_builder(name: str, data_dir: str | None) -> Any:
+    """Returns the builder of a dataset, or of a folder, prepared."""
+    if is_tfds_folder(name):
         return tfds.builder_from_directory(name)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        known = [
-            PHOTO_PATCHES,
-            *tfds.list_builders(with_community_datasets=False),
-        ]
+        known = tfds.list_builders(with_community_datasets=False)
+        known.append(PHOTO_PATCHES)
         close = difflib.get_close_matches(name.split("/")[0], known)
         raise ValueError(
             f"There is no dataset of this name. Received: name={name!r}. "
@@ -392,8 +387,10 @@ def open_folder(
     sizes = {key: len(names) for key, names in splits.items()}
     in_order = [name for names in splits.values() for name in names]
     names = [in_order[row] for row in _select(split, sizes, root)]
+    channels = channels or 3
+    paths = [os.path.join(root, name) for name in names]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda name: _header(root, name), names))
+        found = list(pool.map(_header, paths, itertools.repeat(channels)))
     headers = {n: h for n, h in zip(names, found, strict=True) if h}
     unreadable = [name for name in names if name not in headers]
     if not headers:
@@ -401,7 +398,6 @@ def open_folder(
             f"None of the images of split {split!r} of {root!r} can be "
             f"decoded: {some(unreadable)}."
         )
-    channels = channels or 3
     class_names = sorted({_class_of(name, depth) for name in files} - {""})
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = np.array(
@@ -416,7 +412,7 @@ def open_folder(
         logging.warning("%s: %s", root, notes[-1])
     if others:
         notes.append(f"not images, skipped: {dict(others.most_common())}")
-    paths = tuple(os.path.join(root, name) for name in headers)
+    paths = [os.path.join(root, name) for name in headers]
     image_sizes = {header.size for header in headers.values()}
     size = image_sizes.pop() if len(image_sizes) == 1 else None
     if _fits_in_memory(size, channels, len(paths), memory_limit):
@@ -429,7 +425,7 @@ def open_folder(
     return Dataset(
         name=root,
         split=split,
-        source=Files(paths, labels),
+        source=Files(tuple(paths), labels),
         num_examples=len(paths),
         class_names=tuple(class_names) if labels.max() >= 0 else (),
         channels=channels,
@@ -459,18 +455,18 @@ def _image_files(root: str) -> tuple[list[str], collections.Counter]:
     return sorted(images), others
 
 
-def _header(root: str, name: str) -> _Header | None:
+def _header(path: str, channels: int) -> _Header | None:
     """Returns the header of an image; None if TensorFlow cannot decode it.
 
     A large file that ends as its format does is taken to be whole. One that
     does not may be cut short, or merely have something appended: it is decoded
     to find out.
     """
-    path = os.path.join(root, name)
     try:
         with Image.open(path) as image:
             header = _Header(str(image.format), image.mode, image.size[::-1])
-        if header.format not in _DECODED_CHANNELS:
+        allowed = _DECODED_CHANNELS.get(header.format)
+        if allowed is None:
             return None
         with open(path, "rb") as file:
             file.seek(-8, os.SEEK_END)
@@ -478,7 +474,9 @@ def _header(root: str, name: str) -> _Header | None:
         is_small = max(header.size) <= _WHOLE_IMAGE_SIDE
         trailer = _TRAILERS.get(header.format)
         if is_small or trailer is None or not tail.endswith(trailer):
-            _decode(tf.io.read_file(path))
+            _decode(
+                tf.io.read_file(path), channels if channels in allowed else 0
+            )
     except (
         OSError,
         SyntaxError,
@@ -616,6 +614,7 @@ def photo_patches(split: str) -> Dataset:
     return _from_arrays(PHOTO_PATCHES, split, images[rows], labels[rows], names)
 
 
+@functools.cache
 def _cut_patches(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 `[N, 32, 32, 3]` and labels `[N]`, classes in turn."""
     folder = os.path.join(os.path.dirname(skimage.__file__), "data")

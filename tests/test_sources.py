@@ -110,9 +110,12 @@ def test_report_names_what_was_skipped_and_counts_classes(tmp_path):
     )
     folder = tmp_path / "x" / "train" / "a"
     whole = (folder / "0.png").read_bytes()
-    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), np.uint8)
     Image.fromarray(noise).save(folder / "cut.png")
-    os.truncate(folder / "cut.png", 8000)  # of 11 kB: the header is whole
+    os.truncate(folder / "cut.png", 60_000)  # of 68 kB: the header is whole
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255  # both ends are whole
+    (folder / "damaged.png").write_bytes(damaged)
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.bmp").write_text("no image")
     (folder / "appended.png").write_bytes(whole + b"a few bytes more")
@@ -121,8 +124,8 @@ def test_report_names_what_was_skipped_and_counts_classes(tmp_path):
     dataset = data.load(root)
     report = data.describe(dataset)
     assert dataset.num_examples == 4
-    assert "3 unreadable, skipped: " in report
-    for name in ("cut.png", "empty.jpg", "text.bmp"):
+    assert "4 unreadable, skipped: " in report
+    for name in ("cut.png", "damaged.png", "empty.jpg", "text.bmp"):
         assert name in report
     assert "'.webp': 1" in report
     assert "a: 4" in report

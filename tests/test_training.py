@@ -15,7 +15,9 @@ import pytest
 import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import (
+    plugin_event_accumulator as event_accumulator,
+)
 
 import run
 import trainer
@@ -32,7 +34,7 @@ _SMALL = [
     "--warmup_epochs=0",
     "--learning_rate=0.5",
 ]
-_STEPS = 40
+_STEPS = 80
 _TRAIN = [
     *_SMALL,
     f"--train_steps={_STEPS}",
@@ -55,8 +57,8 @@ class _Process:
                 stderr=log,
             )
 
-    def wait_for(self, path):
-        while not path.exists():
+    def wait_for(self, text):
+        while text not in self._log.read_text():
             assert self._process.poll() is None, self._log.read_text()[-3000:]
             time.sleep(0.02)
 
@@ -104,12 +106,13 @@ def killed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("killed") / "run"
     follower = _Process(directory, "--mode=eval")
     process = _Process(directory, *_TRAIN)
-    process.wait_for(directory / "ckpt-10.index")
-    time.sleep(0.3)
+    process.wait_for("step 1/")
+    while not (directory / "ckpt-10.index").exists():
+        time.sleep(0.01)
     process.send(signal.SIGKILL)
     process.end(-signal.SIGKILL)
     process = _Process(directory, *_TRAIN)
-    process.wait_for(directory / "ckpt-20.index")
+    process.wait_for(f"/{_STEPS}, epoch")  # its first step is done
     process.send(signal.SIGTERM)
     terminated = process.end(128 + signal.SIGTERM)
     _Process(directory, *_TRAIN).end()
@@ -303,7 +306,7 @@ def test_another_architecture_is_refused_with_the_differing_flag(
 def test_a_finished_run_says_so(pretrained, caplog):
     words = [f"--model_dir={pretrained}", *_SMALL, "--train_steps=3"]
     assert _main(*words) == 0
-    assert "Already trained: 3 steps." in caplog.text
+    assert "Already trained: step 3 of 3" in caplog.text
 
 
 def test_bfloat16_trains(tmp_path):
