@@ -264,8 +264,9 @@ def augment(
     """Returns one random view of every image.
 
     Compile it with `tf.function(jit_compile=True)`, also where the step around
-    it is not compiled: unfused, it takes about three times as long on a CPU.
-    Compile each view by itself there: the calls then run side by side.
+    it is not compiled: unfused, it takes several times as long on a CPU. Crops
+    and grayscale are matrix products: TPUs, and GPUs with TF32, round what goes
+    into them to bfloat16 or TF32.
 
     Args:
         images: uint8, or float32 in [0, 1], `[batch, height, width,

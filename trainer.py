@@ -28,6 +28,7 @@ from checkpoint import TrainingCheckpoints
 Batch = Mapping[str, tf.Tensor]
 Metrics = dict[str, tf.Tensor]
 Step = Callable[[Batch], Metrics]
+ViewMaker = Callable[[Batch], list[tf.Tensor]]
 
 # A call of the compiled loop should take about this long, so that progress
 # shows and a signal is answered, yet the host is rarely in the way.
@@ -239,20 +240,33 @@ def build_optimizers(
 
 
 def build_step(
-    config: TrainConfig, networks: model.Networks, optimizers: Optimizers
+    config: TrainConfig,
+    networks: model.Networks,
+    optimizers: Optimizers,
+    make_views: ViewMaker | None = None,
 ) -> Step:
-    """Returns the step of `config.train_mode`, to be run on every replica."""
+    """Returns the step of `config.train_mode`, to be run on every replica.
+
+    Args:
+        config: the run.
+        networks: made in the strategy's scope.
+        optimizers: of `build_optimizers`.
+        make_views: from a batch to its views; None: by augmentation.
+    """
+    make_views = make_views or _view_maker(config)
     if config.train_mode == "finetune":
-        return _finetune_step(config, networks, optimizers)
-    return _pretrain_step(config, networks, optimizers)
+        return _finetune_step(config, networks, optimizers, make_views)
+    return _pretrain_step(config, networks, optimizers, make_views)
 
 
 def _pretrain_step(
-    config: TrainConfig, networks: model.Networks, optimizers: Optimizers
+    config: TrainConfig,
+    networks: model.Networks,
+    optimizers: Optimizers,
+    make_views: ViewMaker,
 ) -> Step:
     loss_function = METHODS[config.objective].loss
     critic = {name: config.hyperparameters[name] for name in _CRITIC}
-    augmented_views = _view_maker(config)
     variables = _network_variables(config, networks)
     classifier_variables = (
         _classifier_variables(networks)
@@ -271,7 +285,7 @@ def _pretrain_step(
 
     def step(batch: Batch) -> Metrics:
         gather = _Gather()
-        views = augmented_views(batch)
+        views = make_views(batch)
         metrics = {}
         with tf.GradientTape() as tape:
             if config.gradient_penalty_weight:
@@ -324,16 +338,18 @@ def _pretrain_step(
 
 
 def _finetune_step(
-    config: TrainConfig, networks: model.Networks, optimizers: Optimizers
+    config: TrainConfig,
+    networks: model.Networks,
+    optimizers: Optimizers,
+    make_views: ViewMaker,
 ) -> Step:
-    augmented_views = _view_maker(config)
     groups = [
         (optimizers.networks, _network_variables(config, networks)),
         (optimizers.classifier, _classifier_variables(networks)),
     ]
 
     def step(batch: Batch) -> Metrics:
-        (images,) = augmented_views(batch)
+        (images,) = make_views(batch)
         with tf.GradientTape() as tape:
             metrics = _classification(
                 networks.logits(images, training=True), batch["label"]
@@ -387,7 +403,7 @@ def make_views(
     return views
 
 
-def _view_maker(config: TrainConfig) -> Callable[[Batch], list[tf.Tensor]]:
+def _view_maker(config: TrainConfig) -> ViewMaker:
     """Returns `make_views` of this run, compiled if that is asked for."""
     augment = data_util.augment
     if config.jit_augmentation and not config.jit_compile:
