@@ -8,20 +8,23 @@ cd "$(dirname "$0")"
 : "${MODEL_DIR:=runs/quickstart}"
 bash make_venv.sh requirements.txt
 
+# Colour tells many of the pictures apart, so little of it is jittered away.
 echo "1/3 Pretraining without labels ..." >&2
 .venv/bin/python run.py \
   --train_mode=pretrain \
   --objective=simclr \
   --dataset=photo_patches \
   --resnet_depth=10 \
-  --width_multiplier=0.5 \
-  --train_batch_size=256 \
-  --train_epochs=6 \
-  --warmup_epochs=1 \
-  --learning_rate=1.0 \
-  --weight_decay=1e-4 \
-  --temperature=0.2 \
-  --color_jitter_strength=0.5 \
+  --width_multiplier=0.25 \
+  --train_batch_size=128 \
+  --train_epochs=5 \
+  --warmup_epochs=0.5 \
+  --optimizer=adam \
+  --learning_rate=0.002 \
+  --learning_rate_scaling=none \
+  --temperature=0.5 \
+  --color_jitter_strength=0.2 \
+  --grayscale_probability=0 \
   --use_blur=false \
   --model_dir="$MODEL_DIR" \
   "$@"
@@ -34,7 +37,7 @@ echo "2/3 Training a linear classifier on the frozen encoder ..." >&2
   --zero_init_logits_layer \
   --dataset=photo_patches \
   --train_batch_size=256 \
-  --train_epochs=5 \
+  --train_epochs=10 \
   --checkpoint="$MODEL_DIR" \
   --model_dir="$MODEL_DIR-linear"
 

@@ -69,8 +69,7 @@ class Reporter:
     def start(self, step: int) -> None:
         """Begins, or goes on, at `step`."""
         if self._summary_steps:
-            if tf.io.gfile.glob(os.path.join(self._directory, "events.*")):
-                _void_events_after(self._directory, step)
+            _start_session(self._directory, step)
             self._writer = tf.summary.create_file_writer(self._directory)
             with self._writer.as_default(step):
                 grid = image_grid(self._preview(step))
@@ -199,11 +198,11 @@ def write_result(directory: str, result: dict[str, Any], step: int) -> None:
     writer.close()
 
 
-def _void_events_after(directory: str, step: int) -> None:
-    """Tells TensorBoard that points from `step` + 1 on will come again.
+def _start_session(directory: str, step: int) -> None:
+    """Tells TensorBoard that points from `step` + 1 on are new.
 
-    A session that starts at a step makes TensorBoard forget what an earlier
-    one, which was killed, had written from there on.
+    At every start but the first it then forgets what an earlier session, which
+    was killed, had written from there on.
     """
     writer = event_file_writer.EventFileWriter(directory)
     writer.add_event(

@@ -25,8 +25,12 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Errors only, before TensorFlow is loaded: its start-up notes are a page.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Before TensorFlow is loaded: its start-up notes are a page, and without a GPU
+# one of them is an error about that.
+os.environ.setdefault(
+    "TF_CPP_MIN_LOG_LEVEL",
+    "2" if os.path.exists("/proc/driver/nvidia") else "3",
+)
 
 import keras
 import numpy as np

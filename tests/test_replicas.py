@@ -54,7 +54,7 @@ def test_replicas_equal_one_device(runs, num_replicas, case):
     """Metrics, weights and statistics: of step 1 to rounding.
 
     Momentum's first step is the gradient times the learning rate. Later steps
-    amplify rounding through ReLU and BatchNorm of 16 images.
+    amplify rounding, where a unit of the few here crosses its ReLU's kink.
     """
     several, one = runs[num_replicas], runs[1]
     compared = 0
@@ -62,14 +62,14 @@ def test_replicas_equal_one_device(runs, num_replicas, case):
         if key.endswith("|names") or not key.startswith(f"{case}|"):
             continue
         _, what, step = key.split("|")
-        value, expected = several[key], one[key]
-        share = {"1": 1e-4, "2": 2e-3, "3": 5e-2 if value.ndim < 2 else 5e-3}
-        atol = share[step] * np.abs(expected).max() + 1e-7
+        error, expected = several[key] - one[key], one[key]
         if what == "metrics":
-            atol = share["1" if step == "1" else "2"] * np.abs(expected) + 1e-5
-        np.testing.assert_array_less(
-            np.abs(value - expected), atol + 1e-7, err_msg=key
-        )
+            share = {"1": 1e-4, "2": 1e-2, "3": 2e-2}[step]
+            assert (np.abs(error) <= share * np.abs(expected) + 1e-4).all(), key
+        else:
+            share = {"1": 1e-4, "3": 2e-2}[step]
+            size = np.linalg.norm(expected)
+            assert np.linalg.norm(error) <= share * size + 1e-6, key
         compared += 1
     assert compared > 60
 
