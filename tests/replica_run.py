@@ -4,7 +4,7 @@
     python replica_run.py NUM_REPLICAS OUT.npz OBJECTIVE:OPTIMIZER ...
 
 Of every objective it stores the metrics of each step, and all weights and
-BatchNorm statistics after the first step (so, with momentum's first step, the
+BatchNorm statistics before and after the first step (with momentum, the
 gradient) and after the last.
 """
 
@@ -59,14 +59,16 @@ def config(objective, optimizer):
             argument: values[flag]
             for argument, flag in method.hyperparameters.items()
         },
-        gradient_penalty_weight=values.get("gradient_penalty_weight", 0.0),
+        # Its default is of a size that a first step without LARS explodes.
+        gradient_penalty_weight=values.get("gradient_penalty_weight", 0.0)
+        / 1000,
         lineareval_while_pretraining=True,
         views=(view, view),
         batch_size=_BATCH_SIZE,
         num_examples=40,
         train_steps=100,
         warmup_steps=0,
-        peak_learning_rate=0.001,
+        peak_learning_rate=1e-4,
         optimizer=optimizer,
         lars_variant="simclr",
         momentum=0.9,
@@ -104,6 +106,7 @@ def main(num_replicas, path, cases):
     for case in cases:
         for variable, value in zip(variables, start, strict=True):
             variable.assign(value)
+            out[f"{case}|{variable.path}|0"] = value
         run = config(*case.split(":"))
         with strategy.scope():
             optimizers = trainer.build_optimizers(run, networks)

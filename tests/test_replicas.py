@@ -31,7 +31,8 @@ def _start(num_replicas, folder, cases):
 def _finish(process, path):
     _, log = process.communicate(timeout=500)
     assert process.returncode == 0, log[-3000:]
-    return np.load(path)
+    with np.load(path) as file:
+        return dict(file)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +65,14 @@ def test_replicas_equal_one_device(runs, num_replicas, case):
         _, what, step = key.split("|")
         error, expected = several[key] - one[key], one[key]
         if what == "metrics":
-            share = {"1": 1e-4, "2": 1e-2, "3": 2e-2}[step]
+            share = {"1": 1e-4, "2": 1e-3, "3": 1e-2}[step]
             assert (np.abs(error) <= share * np.abs(expected) + 1e-4).all(), key
         else:
-            share = {"1": 1e-4, "3": 2e-2}[step]
-            size = np.linalg.norm(expected)
-            assert np.linalg.norm(error) <= share * size + 1e-6, key
+            # Relative to how far the variable has moved since the start.
+            share = {"0": 0.0, "1": 5e-3, "3": 2e-2}[step]
+            moved = np.linalg.norm(expected - one[f"{case}|{what}|0"])
+            rounding = 1e-7 * np.linalg.norm(expected) + 1e-9
+            assert np.linalg.norm(error) <= share * moved + rounding, key
         compared += 1
     assert compared > 60
 
