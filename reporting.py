@@ -2,6 +2,7 @@
 """What a run tells: a progress line, TensorBoard events, JSON results."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer import event_file_writer
 
 _SECONDS_BETWEEN_LINES = 10.0
+_PIXELS_OF_A_VIEW = 96  # at least, in the grid of views
 # Shown in the progress line where a step reports them, under a short name.
 _HEADLINES = {
     "contrastive_loss": "loss",
@@ -162,25 +164,27 @@ class Reporter:
 
 
 def image_grid(views: list[np.ndarray]) -> np.ndarray:
-    """Returns one picture: a row for every image, a column for every view.
+    """Returns one picture: a column for every image, a row for every view.
 
     Args:
         views: one float32 `[n, s, s, c]` in [0, 1] a view. Smaller views are
             padded with white; more or fewer than 3 channels show as grey.
 
     Returns:
-        float32 `[n * S, len(views) * S, 3]`, S the largest size.
+        float32 `[len(views) * S, n * S, 3]`, S the largest size, or the least
+        multiple of it that can be seen well.
     """
     size = max(view.shape[1] for view in views)
-    columns = []
+    rows = []
     for view in views:
         if view.shape[-1] != 3:
             view = np.repeat(view.mean(-1, keepdims=True), 3, axis=-1)
         margin = size - view.shape[1]
         pad = (margin // 2, margin - margin // 2)
         view = np.pad(view, ((0, 0), pad, pad, (0, 0)), constant_values=1.0)
-        columns.append(view.reshape(-1, size, 3))
-    return np.concatenate(columns, axis=1)
+        rows.append(np.concatenate(view, axis=1))
+    zoom = math.ceil(_PIXELS_OF_A_VIEW / size)
+    return np.concatenate(rows).repeat(zoom, 0).repeat(zoom, 1)
 
 
 def write_result(directory: str, result: dict[str, Any], step: int) -> None:

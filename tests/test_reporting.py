@@ -8,22 +8,30 @@ import numpy as np
 import reporting
 
 
-def test_grid_has_a_row_an_image_and_a_column_a_view():
-    large = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3) / 96
-    small = np.zeros((2, 2, 2, 3))
+def test_grid_has_a_column_an_image_and_a_row_a_view():
+    large = np.arange(2 * 96 * 96 * 3).reshape(2, 96, 96, 3) / 55296
+    small = np.zeros((2, 48, 48, 3))
     grid = reporting.image_grid([large, small])
-    assert grid.shape == (8, 8, 3)
-    np.testing.assert_array_equal(grid[:4, :4], large[0])
-    np.testing.assert_array_equal(grid[4:, :4], large[1])
+    assert grid.shape == (192, 192, 3)
+    np.testing.assert_array_equal(grid[:96, :96], large[0])
+    np.testing.assert_array_equal(grid[:96, 96:], large[1])
     # The small view is in the middle of a white margin.
-    np.testing.assert_array_equal(grid[1:3, 5:7], small[0])
-    np.testing.assert_array_equal(grid[0, 4:], 1.0)
+    np.testing.assert_array_equal(grid[120:168, 24:72], small[0])
+    np.testing.assert_array_equal(grid[96, :], 1.0)
+
+
+def test_grid_enlarges_small_images():
+    view = np.arange(40 * 40 * 3).reshape(1, 40, 40, 3) / 4800
+    grid = reporting.image_grid([view])
+    assert grid.shape == (120, 120, 3)
+    for row in range(3):
+        np.testing.assert_array_equal(grid[row::3, 1::3], view[0])
 
 
 def test_grid_shows_other_channels_as_grey():
-    view = np.stack([np.zeros((1, 2, 2)), np.ones((1, 2, 2))], axis=-1)
+    view = np.stack([np.zeros((1, 96, 96)), np.ones((1, 96, 96))], axis=-1)
     np.testing.assert_array_equal(
-        reporting.image_grid([view]), np.full((2, 2, 3), 0.5)
+        reporting.image_grid([view]), np.full((96, 96, 3), 0.5)
     )
 
 
