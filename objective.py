@@ -454,8 +454,8 @@ def relic_loss(
 
     `kl_form` says which two distributions over the same images KL_ac compares:
 
-    - "swap": `KL(p_ac || p_ca)`, 0 for a = c. For a small view, which has no
-      target, `kl_small` says it: "transpose" as below; "shared_target":
+    - "swap": `KL(p_ac || p_ca)`. For a small view, which has no target,
+      `kl_small` says it: "transpose" as below; "shared_target":
       `KL(p_kc || p_ac)`, k the large view after c; "off": none.
     - "transpose": `KL(p_ac || q_ac)`, q_ac from the scores of target view c of
       image i with online view a of the images. Also for small views, unless
@@ -464,7 +464,8 @@ def relic_loss(
 
     And `kl_grad` through what the gradient of `KL(p || q)` passes: "none" (of
     it is stopped), "sg_p" (q alone), "entropy_only" (not through the first
-    term of `E_p log p - E_p log q`, but through both factors of the second).
+    term of `E_p log p - E_p log q`, but through both factors of the second;
+    then "swap" of a = c, whose value is 0, has the gradient of p's entropy).
 
     Source: Mitrovic et al., arXiv:2010.07922, equation 3 (two large views,
     "swap", "none"); Tomasev et al., arXiv:2201.05119 (ReLICv2: large and small
@@ -1250,8 +1251,8 @@ def _invariance(
         if a >= comparison.num_large:
             if kl_small == "off" or kl_form == "swap":
                 return kl_small
-        elif kl_form == "swap" and a == c:
-            return "off"
+        elif kl_form == "swap" and a == c and kl_grad != "entropy_only":
+            return "off"  # KL of equal distributions: 0, and so its gradient
         return kl_form
 
     def divergence(pair: _Pair) -> tf.Tensor | float:
