@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contrastive objectives: pure functions of two views' projections.
+"""Objectives of pretraining: pure functions of views' projections.
 
 Every loss takes the projections of this replica's images and a `gather` that
 returns those of all replicas, and returns the mean over this replica's rows,
@@ -7,14 +7,22 @@ so that the average over replicas is the loss of the global batch.
 
 Shapes are static: `b` and `B` must be known when a loss is traced.
 
-All of them score pairs with the same critic, `f(x, y) = <z_x, z_y> / T`, and
-for an anchor of one view use the other view of the same image as its positive
-and both views of the `B - 1` other images as negatives. They differ in the
-functional of the scores that they maximise.
+All but `byol_loss` score pairs with the same critic,
+`f(x, y) = <z_x, z_y> / T`. Those of two views (`simclr_loss`, `rpc_loss`,
+`wpc_loss`, `js_loss`, `nwj_loss`, `dv_loss`) use for an anchor of one view the
+other view of the same image as its positive and both views of the `B - 1`
+other images as negatives; they differ in the functional of the scores.
+
+Those of many views (`byol_loss`, `relic_loss`, `siglip_loss`, `semppl_loss`)
+take sequences of tensors, one a view: `online` has the nL large views, then
+the nS small ones; `target` the nL large ones in the same order. They go over
+pairs (a, c) of online view a and target view c, in the order of a, then of c.
+An anchor of view a has target view c of its own image as its positive, and
+target view c of other images, all or sampled ones, as negatives.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -23,6 +31,12 @@ Gather = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 _Function = Callable[[tf.Tensor], tf.Tensor]
 
 _MASKED = -1e9  # a logit that no softmax sees; reference code's LARGE_NUM
+
+_KL_GRADS = ("sg_p", "entropy_only", "none")
+_KL_FORMS = ("swap", "transpose", "transpose_reversed")
+_KL_SMALLS = ("transpose", "shared_target", "off")
+
+_Pair = tuple[int, int]  # an online and a target view
 
 
 class _Direction(NamedTuple):
@@ -369,6 +383,528 @@ def dv_loss(
     return -objective
 
 
+def byol_loss(
+    online: Sequence[tf.Tensor],
+    target: Sequence[tf.Tensor],
+    *,
+    gather: Gather | None = None,  # noqa: ARG001
+) -> tf.Tensor:
+    """Returns the distance of predictions to the other views' targets.
+
+    The sum over pairs (a, c) of different views of `mean_i |o_i - t_i|^2`,
+    where o and t are l2-normalised.
+
+    Source: Grill et al., arXiv:2006.07733, equation 2 and its symmetric
+    counterpart; deepmind-research/byol byol_experiment.py, whose sum over two
+    views this extends to any number.
+
+    Args:
+        online: nL + nS tensors, float `[b, d]`: this replica's predictions of
+            the large, then the small views; row i is the same image in all.
+        target: nL tensors, float `[b, d]`: projections of the large views by
+            the target network. They receive no gradient.
+        gather: unused, since no row meets another; for a signature like those
+            of the other losses.
+
+    Returns:
+        float32 scalar in `[0, 4 * pairs]`, the mean over this replica's rows.
+
+    Raises:
+        ValueError: if views are missing or differ in shape.
+    """
+    pairs = _check_views(online, target, include_same_view=False)
+    unit_online = [_prepare(z, True) for z in online]
+    unit_target = [tf.stop_gradient(_prepare(z, True)) for z in target]
+    return tf.add_n(
+        [
+            tf.reduce_mean(
+                tf.reduce_sum(
+                    tf.math.squared_difference(unit_online[a], unit_target[c]),
+                    axis=-1,
+                )
+            )
+            for a, c in pairs
+        ]
+    )
+
+
+def relic_loss(
+    online: Sequence[tf.Tensor],
+    target: Sequence[tf.Tensor],
+    *,
+    temperature: float | tf.Tensor,
+    alpha: float,
+    kl_grad: str = "none",
+    kl_form: str = "swap",
+    kl_small: str = "transpose",
+    include_same_view: bool = False,
+    num_negatives: int = 0,
+    draws: tf.Tensor | None = None,
+    contrastive_weight: float = 1.0,
+    average_pairs: bool = False,
+    bias: float | tf.Tensor = 0.0,
+    gather: Gather | None = None,
+) -> tf.Tensor:
+    """Returns the ReLIC loss: contrastive, and invariant to the view.
+
+    With `p_ac(. | i)` the softmax, over image i (the positive) and its
+    negatives, of the scores of online view a of image i with target view c:
+
+        sum_(a,c) mean_i -w log p_ac(i | i) + alpha KL_ac(i)
+
+    `kl_form` says which two distributions over the same images KL_ac compares:
+
+    - "swap": `KL(p_ac || p_ca)`. For a small view, which has no target,
+      `kl_small` says it: "transpose" as below; "shared_target":
+      `KL(p_kc || p_ac)`, k the large view after c; "off": none.
+    - "transpose": `KL(p_ac || q_ac)`, q_ac from the scores of target view c of
+      image i with online view a of the images. Also for small views, unless
+      `kl_small` is "off".
+    - "transpose_reversed": `KL(q_ac || p_ac)`. Likewise.
+
+    And `kl_grad` through what the gradient of `KL(p || q)` passes: "none" (of
+    it is stopped), "sg_p" (q alone), "entropy_only" (not through the first
+    term of `E_p log p - E_p log q`, but through both factors of the second;
+    then "swap" of a = c, whose value is 0, has the gradient of p's entropy).
+
+    Source: Mitrovic et al., arXiv:2010.07922, equation 3 (two large views,
+    "swap", "none"); Tomasev et al., arXiv:2201.05119 (ReLICv2: large and small
+    views, same views included, sampled negatives, averaged pairs). Neither
+    says how gradients are stopped in practice or how small views enter KL.
+    "transpose_reversed", a bias and a learnt temperature:
+    filipbasara0/relic relic/relic.py.
+
+    Args:
+        online: nL + nS tensors, float `[b, d]`: this replica's predictions of
+            the large, then the small views; row i is the same image in all.
+        target: nL tensors, float `[b, d]`: targets of the large views. They
+            receive a gradient: who does not want it passes detached ones, who
+            has no target network passes the large views of `online`.
+        temperature: T > 0, divides the scores; a scalar tensor if learnt.
+        alpha: weight of KL, >= 0.
+        kl_grad: "none", "sg_p" or "entropy_only".
+        kl_form: "swap", "transpose" or "transpose_reversed".
+        kl_small: "transpose", "shared_target" or "off".
+        include_same_view: whether pairs (a, a) count too.
+        num_negatives: negatives of a row, sampled for each pair; 0 or at least
+            B - 1 for all other images of the global batch.
+        draws: float32 `[num_pairs, b, num_negatives]` in [0, 1), uniform
+            numbers that choose the negatives, see `sample_negatives`; those of
+            an image should not depend on the replica that has it. Ignored
+            where all images are used.
+        contrastive_weight: w >= 0.
+        average_pairs: whether to average over pairs instead of summing.
+        bias: added to the scores; without effect on a softmax.
+        gather: as in `simclr_loss`.
+
+    Returns:
+        float32 scalar, the mean over this replica's rows.
+
+    Raises:
+        ValueError: if an argument is out of its range, views or draws are
+            missing or of the wrong shape, or B is 1.
+    """
+    _check_not_negative(contrastive_weight=contrastive_weight, alpha=alpha)
+    comparison = _Comparison(
+        online,
+        target,
+        include_same_view=include_same_view,
+        temperature=temperature,
+        bias=bias,
+        gather=gather,
+    )
+    comparison.sample(num_negatives, draws)
+    return _pair_loss(
+        comparison.pairs,
+        comparison.negative_log_likelihood,
+        _invariance(comparison, kl_grad, kl_form, kl_small),
+        contrastive_weight,
+        alpha,
+        average_pairs,
+    )
+
+
+def siglip_loss(
+    online: Sequence[tf.Tensor],
+    target: Sequence[tf.Tensor],
+    *,
+    temperature: float | tf.Tensor,
+    bias: float | tf.Tensor = 0.0,
+    alpha: float = 0.0,
+    kl_grad: str = "none",
+    kl_form: str = "transpose_reversed",
+    kl_small: str = "transpose",
+    include_same_view: bool = False,
+    contrastive_weight: float = 1.0,
+    average_pairs: bool = False,
+    gather: Gather | None = None,
+) -> tf.Tensor:
+    """Returns the pairwise sigmoid loss with the invariance term of ReLIC.
+
+    `relic_loss` with another contrastive term: each of the B targets is told
+    apart by itself,
+
+        mean_i sum_j softplus(-y_ij (f_ij + bias)), y_ij 1 if j = i, else -1.
+
+    Source: Zhai et al., arXiv:2303.15343, algorithm 1;
+    filipbasara0/relic@a465a48 relic/relic.py, `use_siglip`: the sum over
+    targets is not divided by B.
+
+    Args:
+        online: as in `relic_loss`.
+        target: as in `relic_loss`.
+        temperature: T > 0, divides the scores; a scalar tensor if learnt.
+        bias: added to the scores. The reference code starts it at -10, so that
+            the many negatives do not dominate at first.
+        alpha: weight of KL, >= 0.
+        kl_grad: as in `relic_loss`.
+        kl_form: as in `relic_loss`.
+        kl_small: as in `relic_loss`.
+        include_same_view: whether pairs (a, a) count too.
+        contrastive_weight: weight of the sigmoid loss, >= 0.
+        average_pairs: whether to average over pairs instead of summing.
+        gather: as in `simclr_loss`.
+
+    Returns:
+        float32 scalar, the mean over this replica's rows.
+
+    Raises:
+        ValueError: as in `relic_loss`.
+    """
+    _check_not_negative(contrastive_weight=contrastive_weight, alpha=alpha)
+    comparison = _Comparison(
+        online,
+        target,
+        include_same_view=include_same_view,
+        temperature=temperature,
+        bias=bias,
+        gather=gather,
+    )
+    return _pair_loss(
+        comparison.pairs,
+        comparison.sigmoid_loss,
+        _invariance(comparison, kl_grad, kl_form, kl_small),
+        contrastive_weight,
+        alpha,
+        average_pairs,
+    )
+
+
+def semppl_loss(
+    online: Sequence[tf.Tensor],
+    target: Sequence[tf.Tensor],
+    semantic_positives: tf.Tensor,
+    has_positive: tf.Tensor,
+    *,
+    temperature: float | tf.Tensor,
+    invariance_weight: float,
+    semantic_weight: float = 0.2,
+    semantic_invariance: bool = True,
+    kl_grad: str = "sg_p",
+    kl_form: str = "swap",
+    kl_small: str = "transpose",
+    include_same_view: bool = True,
+    num_negatives: int = 0,
+    draws: tf.Tensor | None = None,
+    contrastive_weight: float = 1.0,
+    average_pairs: bool = True,
+    gather: Gather | None = None,
+) -> tf.Tensor:
+    """Returns the SemPPL loss: ReLIC with positives of the same (pseudo-)label.
+
+    `relic_loss`, to which each pair (a, c) adds, with `s_ac` the softmax of
+    `p_ac` where the positive is not target view c of image i but a target z of
+    view c of another image of its class, with the same negatives:
+
+        w semantic_weight mean_i -log s_ac(z | i)
+        + invariance_weight mean_i KL(sg[s_a'c(. | i)] || s_ac(. | i)),
+
+    a' the large view after a (nothing where it is a itself), averaged over k
+    draws of z. Rows without a z add 0, and the mean is over all rows, not over
+    those with one: otherwise the loss of the global batch would depend on how
+    they are spread over replicas. Negatives of the same class stay negatives.
+
+    Source: Bosnjak et al., arXiv:2301.05158. The second term, the weights and
+    k are as remembered from the paper and found in the re-implementation
+    JuergenThann/MAE-CT_SemPPL, not read in it.
+
+    Args:
+        online: as in `relic_loss`.
+        target: as in `relic_loss`.
+        semantic_positives: float `[nL, b, k, d]`, targets z for each target
+            view, see `draw_semantic_positives`. They receive no gradient.
+        has_positive: bool `[b]`, whether a row has them.
+        temperature: T > 0, divides the scores; a scalar tensor if learnt.
+        invariance_weight: weight of both KL terms, >= 0.
+        semantic_weight: weight of semantic against own positives, >= 0.
+        semantic_invariance: whether the second term above counts.
+        kl_grad: as in `relic_loss`, for its KL.
+        kl_form: as in `relic_loss`.
+        kl_small: as in `relic_loss`.
+        include_same_view: whether pairs (a, a) count too.
+        num_negatives: as in `relic_loss`.
+        draws: as in `relic_loss`.
+        contrastive_weight: w >= 0.
+        average_pairs: whether to average over pairs instead of summing.
+        gather: as in `simclr_loss`.
+
+    Returns:
+        float32 scalar, the mean over this replica's rows.
+
+    Raises:
+        ValueError: as in `relic_loss`, or if the semantic positives are of the
+            wrong shape.
+    """
+    _check_not_negative(
+        contrastive_weight=contrastive_weight,
+        semantic_weight=semantic_weight,
+        invariance_weight=invariance_weight,
+    )
+    comparison = _Comparison(
+        online,
+        target,
+        include_same_view=include_same_view,
+        temperature=temperature,
+        bias=0.0,
+        gather=gather,
+    )
+    comparison.sample(num_negatives, draws)
+    semantic = _SemanticComparison(comparison, semantic_positives, has_positive)
+    view_invariance = _invariance(comparison, kl_grad, kl_form, kl_small)
+
+    def contrastive(pair: _Pair) -> tf.Tensor:
+        loss = comparison.negative_log_likelihood(pair)
+        if semantic_weight > 0:
+            loss += semantic_weight * semantic.negative_log_likelihood(pair)
+        return loss
+
+    def invariance(pair: _Pair) -> tf.Tensor:
+        loss = view_invariance(pair)
+        if semantic_invariance:
+            loss += semantic.invariance(pair)
+        return loss
+
+    return _pair_loss(
+        comparison.pairs,
+        contrastive,
+        invariance,
+        contrastive_weight,
+        invariance_weight,
+        average_pairs,
+    )
+
+
+def critic_temperature(log_scale: tf.Tensor, max_scale: float) -> tf.Tensor:
+    """Returns the temperature `1 / min(exp(log_scale), max_scale)`.
+
+    Where the scale is clamped its gradient is exactly 0.
+
+    Source: filipbasara0/relic@a465a48 relic/relic.py, where `log_scale` is
+    `tau`, learnt from 1 on, and `max_scale` is `max_tau`.
+
+    Args:
+        log_scale: float scalar, the logarithm of the inverse temperature.
+        max_scale: the largest inverse temperature, > 0.
+
+    Returns:
+        float32 scalar.
+
+    Raises:
+        ValueError: if `max_scale` is not positive.
+    """
+    if max_scale <= 0:
+        raise ValueError(
+            f"`max_scale` must be positive. Received: {max_scale}."
+        )
+    # Clamped before the exponential, whose overflow would give 0 * inf.
+    clamped = tf.minimum(tf.cast(log_scale, tf.float32), math.log(max_scale))
+    return tf.exp(-clamped)
+
+
+def num_pairs(num_online: int, num_target: int, include_same_view: bool) -> int:
+    """Returns how many pairs of views the losses of many views go over.
+
+    Args:
+        num_online: nL + nS, the number of online views.
+        num_target: nL, the number of target views.
+        include_same_view: whether pairs (a, a) count too.
+
+    Returns:
+        The first size of `draws`.
+    """
+    return len(_view_pairs(num_online, num_target, include_same_view))
+
+
+def sample_negatives(
+    draws: tf.Tensor, batch_size: int, offset: int | tf.Tensor
+) -> tf.Tensor:
+    """Returns other images for each row, drawn without replacement.
+
+    All subsets of n out of the B - 1 other images are equally likely (their
+    order is not random), but for rounding: numbers of 23 bits, as tf.random
+    makes them, prefer some images to others by a share of at most `B / 2^23`.
+
+    Source: Floyd's algorithm, in Bentley, "Programming pearls: a sample of
+    brilliance", Communications of the ACM 30 (9), 1987.
+
+    Args:
+        draws: float32 `[..., b, n]` in [0, 1), independent and uniform.
+        batch_size: B, images of the global batch.
+        offset: global index of this replica's first row.
+
+    Returns:
+        int32 `[..., b, n]`, global indices, never the row's own.
+
+    Raises:
+        ValueError: if n is greater than B - 1.
+    """
+    count = draws.shape[-1]
+    if count > batch_size - 1:
+        raise ValueError(
+            f"There are {batch_size - 1} other images in the batch. "
+            f"Received: draws of {count}."
+        )
+    chosen: list[tf.Tensor] = []
+    for last, draw in zip(
+        range(batch_size - 1 - count, batch_size - 1),
+        tf.unstack(draws, axis=-1),
+        strict=True,
+    ):
+        candidate = _uniform_integer(draw, last + 1)
+        is_taken = tf.zeros_like(candidate, tf.bool)
+        for other in chosen:
+            is_taken = tf.logical_or(is_taken, tf.equal(candidate, other))
+        chosen.append(tf.where(is_taken, last, candidate))
+    others = tf.stack(chosen, axis=-1)
+    own = tf.range(draws.shape[-2])[:, None] + offset
+    return others + tf.cast(others >= own, tf.int32)
+
+
+def pseudo_labels(
+    online: Sequence[tf.Tensor],
+    queue: tf.Tensor,
+    queue_labels: tf.Tensor,
+    queue_ids: tf.Tensor,
+    ids: tf.Tensor,
+    *,
+    num_classes: int,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the class that most nearest neighbours of each image have.
+
+    Each of the nL large views finds its nearest neighbour by cosine in each of
+    nL queues of labelled images' targets: `nL^2` votes. Of classes with equal
+    votes the smallest wins. No gradient.
+
+    Source: Bosnjak et al., arXiv:2301.05158, as found in the re-implementation
+    JuergenThann/MAE-CT_SemPPL.
+
+    Args:
+        online: nL tensors, float `[b, d]`: predictions of the large views.
+        queue: float `[nL, C, d]`, targets of C labelled images, by large view.
+        queue_labels: int32 `[C]`, their classes in [0, num_classes).
+        queue_ids: int64 `[C]`, their example ids; -1 for an empty slot.
+        ids: int64 `[b]`, example ids of the rows; an image is not its own
+            neighbour.
+        num_classes: number of classes.
+
+    Returns:
+        A tuple of int32 `[b]`, the labels, -1 where the queue has no other
+        image; and float32 `[b]`, the share of votes for them in [0, 1], 0
+        where there is none.
+
+    Raises:
+        ValueError: if the number of views and of queues differ.
+    """
+    if len(online) != queue.shape[0]:
+        raise ValueError(
+            "Each large view needs its queue. Received: "
+            f"{len(online)} views, {queue.shape[0]} queues."
+        )
+    is_other = _is_other(queue_ids, ids)
+    queries = tf.concat(online, 0)
+    counts = tf.zeros([ids.shape[0], num_classes], tf.int32)
+    for entries in tf.unstack(queue):
+        similarity = tf.where(
+            tf.tile(is_other, [len(online), 1]),
+            _scores(queries, entries, 1.0, True),
+            _MASKED,
+        )
+        votes = tf.gather(queue_labels, tf.argmax(similarity, axis=1))
+        for vote in tf.split(votes, len(online)):
+            counts += tf.one_hot(vote, num_classes, dtype=tf.int32)
+    most = tf.reduce_max(counts, axis=1)
+    # tf.argmax does not promise which of several maxima it returns.
+    label = tf.reduce_min(
+        tf.where(
+            tf.equal(counts, most[:, None]), tf.range(num_classes), num_classes
+        ),
+        axis=1,
+    )
+    has_neighbour = tf.reduce_any(is_other, axis=1)
+    agreement = tf.cast(most, tf.float32) / len(online) ** 2
+    return (
+        tf.where(has_neighbour, label, -1),
+        tf.where(has_neighbour, agreement, 0.0),
+    )
+
+
+def draw_semantic_positives(
+    labels: tf.Tensor,
+    queue: tf.Tensor,
+    queue_labels: tf.Tensor,
+    queue_ids: tf.Tensor,
+    ids: tf.Tensor,
+    draws: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns targets of labelled images of each row's class, from the queue.
+
+    Draw u takes entry `floor(u m)` of the row's m matches, in the order of
+    their slots: entries of the row's class, but not of the row's own image.
+    Draws are with replacement. No gradient.
+
+    Source: Bosnjak et al., arXiv:2301.05158, as found in the re-implementation
+    JuergenThann/MAE-CT_SemPPL, which does not exclude the own image.
+
+    Args:
+        labels: int32 `[b]`, (pseudo-)labels of the rows, -1 for none.
+        queue: float `[nL, C, d]`, as in `pseudo_labels`.
+        queue_labels: int32 `[C]`, as in `pseudo_labels`.
+        queue_ids: int64 `[C]`, as in `pseudo_labels`.
+        ids: int64 `[b]`, example ids of the rows.
+        draws: float32 `[nL, b, k]` in [0, 1), independent and uniform.
+
+    Returns:
+        A tuple of float32 `[nL, b, k, d]`, the drawn entries of each queue,
+        zeros for rows without a match; and bool `[b]`, whether there is one.
+    """
+    matches = tf.logical_and(
+        tf.equal(queue_labels, labels[:, None]), _is_other(queue_ids, ids)
+    )
+    matches = tf.logical_and(matches, labels[:, None] >= 0)
+    ranks = tf.cumsum(tf.cast(matches, tf.int32), axis=1)  # from 1 on
+    count = ranks[:, -1]
+    num_views, batch, num_draws = draws.shape
+    wanted = tf.transpose(_uniform_integer(draws, count[:, None]), [1, 0, 2])
+    slots = tf.searchsorted(
+        ranks, tf.reshape(wanted + 1, [batch, num_views * num_draws])
+    )
+    # Rows without a match find the slot after the last.
+    slots = tf.minimum(slots, queue.shape[1] - 1)
+    slots = tf.transpose(
+        tf.reshape(slots, [batch, num_views, num_draws]), [1, 0, 2]
+    )
+    positives = tf.gather(
+        tf.cast(queue, tf.float32), slots, axis=1, batch_dims=1
+    )
+    has_positive = count > 0
+    return (
+        tf.stop_gradient(
+            tf.where(has_positive[None, :, None, None], positives, 0.0)
+        ),
+        has_positive,
+    )
+
+
 def contrastive_metrics(
     z1: tf.Tensor,
     z2: tf.Tensor,
@@ -512,6 +1048,334 @@ def _scores(
         )
         / temperature
     )
+
+
+class _Comparison:
+    """Online views of local rows against target views of global candidates.
+
+    Matrices of scores are computed once, and views gathered once, when first
+    asked for.
+
+    Attributes:
+        pairs: the pairs (a, c) of views that a loss goes over.
+        num_large: nL, the number of large views.
+        anchors: float32 `[b, d]` each, the l2-normalised online views.
+        is_own: bool `[b, M]` or `[1, M]`, True where a row's candidate is its
+            own image; M is B, or 1 + n after `sample`.
+    """
+
+    def __init__(
+        self,
+        online: Sequence[tf.Tensor],
+        target: Sequence[tf.Tensor],
+        *,
+        include_same_view: bool,
+        temperature: float | tf.Tensor,
+        bias: float | tf.Tensor,
+        gather: Gather | None,
+    ) -> None:
+        self.pairs = _check_views(online, target, include_same_view)
+        if isinstance(temperature, (int, float)) and temperature <= 0:
+            raise ValueError(
+                f"`temperature` must be positive. Received: {temperature}."
+            )
+        self.num_large = len(target)
+        self.anchors = [_prepare(z, True) for z in online]
+        self._target_anchors = [_prepare(z, True) for z in target]
+        self._temperature = tf.cast(temperature, tf.float32)
+        self._bias = tf.cast(bias, tf.float32)
+        self._gather = gather or _single_replica
+        self._online = online
+        gathered = [self._gather(z) for z in target]
+        self._offset = gathered[0][1]
+        self._targets = [_prepare(z, True) for z, _ in gathered]
+        self._onlines: dict[int, tf.Tensor] = {}
+        self._rows: dict[_Pair, tf.Tensor] = {}
+        self._columns: dict[_Pair, tf.Tensor] = {}
+        batch = online[0].shape[0]
+        self._batch_size = self._targets[0].shape[0]
+        if self._batch_size == 1:
+            raise ValueError(
+                "A contrastive loss needs negatives: at least 2 images in the "
+                "global batch. Received: 1."
+            )
+        self._own = tf.range(batch)[:, None] + self._offset
+        self.is_own = tf.equal(self._own, tf.range(self._batch_size))
+        self._candidates: dict[_Pair, tf.Tensor] = {}
+
+    def sample(self, num_negatives: int, draws: tf.Tensor | None) -> None:
+        """Restricts each row's candidates to its image and sampled others."""
+        _check_not_negative(num_negatives=num_negatives)
+        if num_negatives == 0 or num_negatives >= self._batch_size - 1:
+            return
+        batch = self._own.shape[0]
+        expected = [len(self.pairs), batch, num_negatives]
+        if draws is None or draws.shape.as_list() != expected:
+            raise ValueError(
+                f"`num_negatives={num_negatives}` needs `draws` of shape "
+                f"{expected}. Received: {getattr(draws, 'shape', None)}."
+            )
+        others = sample_negatives(draws, self._batch_size, self._offset)
+        for pair, chosen in zip(self.pairs, tf.unstack(others), strict=True):
+            self._candidates[pair] = tf.concat([self._own, chosen], 1)
+        self.is_own = tf.equal(tf.range(1 + num_negatives), 0)[None]
+
+    def logits(self, online: int, pair: _Pair) -> tf.Tensor:
+        """Returns `[b, M]`: an online view, target view and images of `pair`.
+
+        The online view is that of the pair or another that is to be compared
+        with it: the candidates are the pair's.
+        """
+        return self._choose(self._row_scores((online, pair[1])), pair)
+
+    def log_probabilities(self, pair: _Pair) -> tf.Tensor:
+        """Returns `log p_ac`, `[b, M]`, of pair (a, c)."""
+        return tf.nn.log_softmax(self.logits(pair[0], pair))
+
+    def swapped_log_probabilities(self, pair: _Pair) -> tf.Tensor:
+        """Returns `log p_ca`, `[b, M]`, over the candidates of pair (a, c)."""
+        scores = self._row_scores((pair[1], pair[0]))
+        return tf.nn.log_softmax(self._choose(scores, pair))
+
+    def column_log_probabilities(self, pair: _Pair) -> tf.Tensor:
+        """Returns `log q_ac`, `[b, M]`: target c of a row, online a of all."""
+        a, c = pair
+        if a not in self._onlines:
+            self._onlines[a] = _prepare(self._gather(self._online[a])[0], True)
+        if pair not in self._columns:
+            self._columns[pair] = self._critic(
+                tf.matmul(
+                    self._target_anchors[c], self._onlines[a], transpose_b=True
+                )
+            )
+        return tf.nn.log_softmax(self._choose(self._columns[pair], pair))
+
+    def scores_with(self, online: int, others: tf.Tensor) -> tf.Tensor:
+        """Returns `[b, k]`, of an online view with unit vectors `[b, k, d]`."""
+        return self._critic(
+            tf.einsum("bd,bkd->bk", self.anchors[online], others)
+        )
+
+    def negative_log_likelihood(self, pair: _Pair) -> tf.Tensor:
+        """Returns `-log p_ac(i | i)`, `[b]`."""
+        return -_select(self.log_probabilities(pair), self.is_own)
+
+    def sigmoid_loss(self, pair: _Pair) -> tf.Tensor:
+        """Returns the sum over candidates of the pairwise loss, `[b]`."""
+        logits = self.logits(pair[0], pair)
+        signed = tf.where(self.is_own, logits, -logits)
+        return tf.reduce_sum(tf.nn.softplus(-signed), axis=-1)
+
+    def _row_scores(self, pair: _Pair) -> tf.Tensor:
+        if pair not in self._rows:
+            a, c = pair
+            self._rows[pair] = self._critic(
+                tf.matmul(self.anchors[a], self._targets[c], transpose_b=True)
+            )
+        return self._rows[pair]
+
+    def _critic(self, cosine: tf.Tensor) -> tf.Tensor:
+        return cosine / self._temperature + self._bias
+
+    def _choose(self, scores: tf.Tensor, pair: _Pair) -> tf.Tensor:
+        """Returns the candidates' columns, `[b, M]`, of scores `[b, B]`."""
+        if pair not in self._candidates:
+            return scores
+        return tf.gather(scores, self._candidates[pair], axis=1, batch_dims=1)
+
+
+class _SemanticComparison:
+    """A comparison in which queue entries take the place of own positives."""
+
+    def __init__(
+        self,
+        comparison: _Comparison,
+        semantic_positives: tf.Tensor,
+        has_positive: tf.Tensor,
+    ) -> None:
+        batch, dim = comparison.anchors[0].shape
+        shape = semantic_positives.shape.as_list()
+        if [*shape[:2], *shape[3:]] != [comparison.num_large, batch, dim]:
+            raise ValueError(
+                "`semantic_positives` must be of shape "
+                f"[{comparison.num_large}, {batch}, k, {dim}]. "
+                f"Received: {shape}."
+            )
+        self._comparison = comparison
+        self._positives = tf.stop_gradient(_prepare(semantic_positives, True))
+        self._has_positive = has_positive
+        self._is_own = comparison.is_own[:, None, :]
+
+    def negative_log_likelihood(self, pair: _Pair) -> tf.Tensor:
+        """Returns `-log s_ac(z | i)`, `[b]`, 0 for rows without a z."""
+        log_s = self._log_probabilities(pair[0], pair)
+        return self._mean(-_select(log_s, self._is_own))
+
+    def invariance(self, pair: _Pair) -> tf.Tensor | float:
+        """Returns `KL(sg[s_a'c] || s_ac)`, `[b]`, 0 for rows without a z."""
+        teacher = (pair[0] + 1) % self._comparison.num_large
+        if teacher == pair[0]:
+            return 0.0
+        return self._mean(
+            _kl_divergence(
+                self._log_probabilities(teacher, pair),
+                self._log_probabilities(pair[0], pair),
+                "sg_p",
+            )
+        )
+
+    def _log_probabilities(self, online: int, pair: _Pair) -> tf.Tensor:
+        """Returns `[b, k, M]`, with the candidates of the pair."""
+        positive = self._comparison.scores_with(
+            online, self._positives[pair[1]]
+        )
+        logits = self._comparison.logits(online, pair)
+        return tf.nn.log_softmax(
+            tf.where(self._is_own, positive[:, :, None], logits[:, None, :])
+        )
+
+    def _mean(self, terms: tf.Tensor) -> tf.Tensor:
+        """Returns `[b]`, the mean of `[b, k]` over draws."""
+        return tf.where(self._has_positive, tf.reduce_mean(terms, axis=1), 0.0)
+
+
+def _invariance(
+    comparison: _Comparison, kl_grad: str, kl_form: str, kl_small: str
+) -> Callable[[_Pair], tf.Tensor | float]:
+    """Returns the function of a pair that is its `KL_ac(i)`, `[b]`."""
+    _check_choice("kl_grad", kl_grad, _KL_GRADS)
+    _check_choice("kl_form", kl_form, _KL_FORMS)
+    _check_choice("kl_small", kl_small, _KL_SMALLS)
+
+    def form_of(a: int, c: int) -> str:
+        if a >= comparison.num_large:
+            if kl_small == "off" or kl_form == "swap":
+                return kl_small
+        elif kl_form == "swap" and a == c and kl_grad != "entropy_only":
+            return "off"  # KL of equal distributions: 0, and so its gradient
+        return kl_form
+
+    def divergence(pair: _Pair) -> tf.Tensor | float:
+        form = form_of(*pair)
+        if form == "off":
+            return 0.0
+        log_p = comparison.log_probabilities(pair)
+        if form == "swap":
+            first, second = log_p, comparison.swapped_log_probabilities(pair)
+        elif form == "shared_target":
+            teacher = (pair[1] + 1) % comparison.num_large
+            logits = comparison.logits(teacher, pair)
+            first, second = tf.nn.log_softmax(logits), log_p
+        else:
+            first, second = log_p, comparison.column_log_probabilities(pair)
+            if form == "transpose_reversed":
+                first, second = second, first
+        return _kl_divergence(first, second, kl_grad)
+
+    return divergence
+
+
+def _pair_loss(
+    pairs: list[_Pair],
+    contrastive: Callable[[_Pair], tf.Tensor],
+    invariance: Callable[[_Pair], tf.Tensor | float],
+    contrastive_weight: float,
+    invariance_weight: float,
+    average_pairs: bool,
+) -> tf.Tensor:
+    """Returns the weighted sum or mean over pairs of the means over rows."""
+    loss = 0.0
+    for pair in pairs:
+        loss += contrastive_weight * tf.reduce_mean(contrastive(pair))
+        if invariance_weight > 0:
+            loss += invariance_weight * tf.reduce_mean(invariance(pair))
+    return loss / len(pairs) if average_pairs else loss
+
+
+def _kl_divergence(
+    log_p: tf.Tensor, log_q: tf.Tensor, gradient: str
+) -> tf.Tensor:
+    """Returns `KL(p || q)` over the last axis; see `relic_loss`'s `kl_grad`."""
+    if gradient == "sg_p":
+        log_p = tf.stop_gradient(log_p)
+    p = tf.exp(log_p)
+    first = p * log_p
+    if gradient == "entropy_only":
+        first = tf.stop_gradient(first)
+    return tf.reduce_sum(first - p * log_q, axis=-1)
+
+
+def _select(values: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns the values at the one True of each row of the mask."""
+    return tf.reduce_sum(tf.where(mask, values, 0.0), axis=-1)
+
+
+def _view_pairs(
+    num_online: int, num_target: int, include_same_view: bool
+) -> list[_Pair]:
+    """Returns the pairs of views, in the order of `draws`."""
+    return [
+        (a, c)
+        for a in range(num_online)
+        for c in range(num_target)
+        if include_same_view or a != c
+    ]
+
+
+def _uniform_integer(draws: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
+    """Returns int32 in `[0, count)` from uniform numbers in [0, 1)."""
+    scaled = tf.cast(draws * tf.cast(count, tf.float32), tf.int32)
+    # The product may round up to `count`.
+    return tf.minimum(scaled, count - 1)
+
+
+def _is_other(queue_ids: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+    """Returns bool `[b, C]`: the slot holds an image, not the row's own."""
+    return tf.logical_and(
+        tf.not_equal(queue_ids, ids[:, None]), tf.not_equal(queue_ids, -1)
+    )
+
+
+def _check_views(
+    online: Sequence[tf.Tensor],
+    target: Sequence[tf.Tensor],
+    include_same_view: bool,
+) -> list[_Pair]:
+    """Returns the pairs of views; raises if views do not fit together."""
+    if not 1 <= len(target) <= len(online):
+        raise ValueError(
+            "Each target view needs its online view, and at least one. "
+            f"Received: {len(online)} online, {len(target)} target views."
+        )
+    shapes = [tuple(z.shape) for z in (*online, *target)]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"All views must be of the same shape. Received: {shapes}."
+        )
+    pairs = _view_pairs(len(online), len(target), include_same_view)
+    if not pairs:
+        raise ValueError(
+            "A single view has no other view to be compared with. "
+            f"Received: include_same_view={include_same_view}."
+        )
+    return pairs
+
+
+def _check_not_negative(**values: float) -> None:
+    """Raises if one of the named values is negative."""
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(
+                f"`{name}` must not be negative. Received: {value}."
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises if a named value is not one of its choices."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {choices}. Received: {value!r}."
+        )
 
 
 def _prepare(z: tf.Tensor, hidden_norm: bool) -> tf.Tensor:
