@@ -106,7 +106,7 @@ def _trackable(item: Any) -> Any:
 
     Keras itself numbers the layers, so that any new one would break all files.
     """
-    if isinstance(item, keras.Model):
+    if isinstance(item, keras.layers.Layer):
         return {variable.path: variable.value for variable in item.variables}
     return item
 
@@ -191,11 +191,14 @@ def read_run(path: str) -> dict[str, Any] | None:
         return json.load(file)
 
 
-def load_encoder(path: str, **architecture: Any) -> keras.Model:
+def load_encoder(
+    path: str, *, target: bool = False, **architecture: Any
+) -> keras.Model:
     """Returns the trained encoder of a run of this program.
 
     Args:
         path: a run directory or a checkpoint prefix in one.
+        target: whether the moving average of the encoder is meant.
         **architecture: fields of `model.Architecture` that replace those in
             the directory's `run.json`; all of them where it has none.
 
@@ -207,8 +210,9 @@ def load_encoder(path: str, **architecture: Any) -> keras.Model:
         ValueError: if there is no checkpoint, or it does not fit.
     """
     run = read_run(path) or {"architecture": {}}
-    networks = model.build_networks(
-        model.Architecture(**{**run["architecture"], **architecture})
-    )
-    restore_networks(path, encoder=networks.encoder)
+    fields = {**run["architecture"], **architecture}
+    alone = {"target_network": False, "queue_shape": ()}
+    networks = model.build_networks(model.Architecture(**fields | alone))
+    name = "target_encoder" if target else "encoder"
+    restore_networks(path, **{name: networks.encoder})
     return model.encoder_of_images(networks)

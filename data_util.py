@@ -191,6 +191,29 @@ def byol_augmentation(
     return Augmentation(**(settings | overrides))
 
 
+def relic_pytorch_augmentation(
+    size: int, *, solarize: bool, **overrides: Any
+) -> Augmentation:
+    """Returns the augmentation of filipbasara0/relic.
+
+    Source: filipbasara0/relic, relic/aug.py. Differs from it: crops are drawn
+    as SimCLR's (see `random_crop_boxes`), and contrast is of each channel.
+
+    Args:
+        size: side of the output, in pixels.
+        solarize: whether views may be solarized: the large ones are.
+        **overrides: any field of `Augmentation`.
+    """
+    settings: dict[str, Any] = {
+        "size": size,
+        "crop_area": (0.1, 1.0),
+        "crop_min_covered": 0.0,
+        "blur_probability": 1.0,
+        "solarize_probability": 0.2 if solarize else 0.0,
+    }
+    return Augmentation(**(settings | overrides))
+
+
 # Random numbers.
 
 

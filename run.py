@@ -10,18 +10,13 @@ A flag left unset takes its value from the checkpoint to be fine-tuned or
 evaluated, or from the objective; the log at start says which.
 """
 
-import dataclasses
 import functools
-import itertools
-import json
 import logging as std_logging
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,12 +35,14 @@ from absl import app, flags, logging
 import checkpoint as checkpoint_lib
 import data
 import data_util
-import devices
+import experiment
+import methods
 import model
 import probe
 import reporting
-import schedules
+import saliency
 import trainer
+from experiment import Run, Settings
 
 FLAGS = flags.FLAGS
 
@@ -53,12 +50,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
 
-_OBJECTIVES = (*trainer.METHODS, *trainer.ALIASES)
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-_IMAGENET_CROP_PROPORTION = 0.875
-_IMAGENET_SIZE = 224  # pixels
-_LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
+_OBJECTIVES = (*methods.METHODS, *methods.ALIASES)
 _SECONDS_BETWEEN_POLLS = 5
 _IMAGES_IN_GRID = 16
 _FROM_SCRATCH = "none"  # as --checkpoint
@@ -68,12 +60,13 @@ _FLAGS_OF_LIBRARIES = frozenset(FLAGS)
 
 def _by_method(name: str) -> str:
     """Returns the part of a help text that lists an objective's defaults."""
-    values = {
-        key: method.defaults[name]
-        for key, method in trainer.METHODS.items()
-        if name in method.defaults
-    }
-    return "Unset: " + ", ".join(f"{k} {v}" for k, v in values.items()) + "."
+    objectives: dict[Any, list[str]] = {}
+    for key, method in methods.METHODS.items():
+        if name in method.defaults:
+            objectives.setdefault(method.defaults[name], []).append(key)
+    return "Unset: " + "; ".join(
+        f"{value} for {', '.join(keys)}" for value, keys in objectives.items()
+    )
 
 
 # What to do.
@@ -98,6 +91,12 @@ flags.DEFINE_enum(
     "Objective of pretraining. chi is rpc, nce is simclr.",
 )
 flags.DEFINE_alias("loss_type", "objective")
+flags.DEFINE_enum(
+    "preset",
+    None,
+    sorted(methods.PRESETS),
+    "Published recipe; flags on the command line win.",
+)
 flags.DEFINE_string(
     "model_dir",
     None,
@@ -219,13 +218,19 @@ flags.DEFINE_enum(
     ["linear", "sqrt", "none"],
     "Factor by the batch size B: B / 256, the root of B, or 1.",
 )
+flags.DEFINE_enum(
+    "learning_rate_schedule",
+    "cosine",
+    ["cosine", "constant"],
+    "After the warm-up.",
+)
 flags.DEFINE_float(
     "warmup_epochs", 10, "Epochs of linear warm-up.", lower_bound=0
 )
 flags.DEFINE_float(
     "weight_decay",
     None,
-    f"L2 of kernels. {_by_method('weight_decay')}",
+    f"L2 of kernels. {_by_method('weight_decay')}.",
     lower_bound=0,
 )
 flags.DEFINE_float(
@@ -234,21 +239,32 @@ flags.DEFINE_float(
 
 # Objective.
 flags.DEFINE_float(
-    "temperature", None, f"Divides scores. {_by_method('temperature')}"
+    "temperature", None, f"Divides scores. {_by_method('temperature')}."
+)
+flags.DEFINE_bool(
+    "learnable_temperature",
+    False,
+    "ReLIC: whether temperature and bias are trained, as in relic-pytorch.",
 )
 flags.DEFINE_bool(
     "hidden_norm",
     None,
-    f"Whether projections are l2-normalised. {_by_method('hidden_norm')}",
+    f"Whether projections are l2-normalised. {_by_method('hidden_norm')}.",
 )
 flags.DEFINE_float(
-    "alpha", None, f"RPC: weight of negatives' scores. {_by_method('alpha')}"
+    "alpha",
+    None,
+    "RPC: weight of negatives' scores. ReLIC: of the invariance term. "
+    f"{_by_method('alpha')}.",
 )
 flags.DEFINE_float(
-    "beta", None, f"RPC: of positives' squared scores. {_by_method('beta')}"
+    "beta", None, f"RPC: of positives' squared scores. {_by_method('beta')}."
 )
 flags.DEFINE_float(
-    "gamma", None, f"RPC: of negatives' squared scores. {_by_method('gamma')}"
+    "gamma",
+    None,
+    f"RPC: of negatives' squared scores. {_by_method('gamma')}. ReLIC: another "
+    "name of --target_decay.",
 )
 flags.DEFINE_enum(
     "rpc_marginal_norm",
@@ -260,16 +276,157 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "gradient_penalty_weight",
     None,
-    f"Of the critic's gradient. {_by_method('gradient_penalty_weight')}",
+    f"WPC: of the critic's gradient. {_by_method('gradient_penalty_weight')}.",
     lower_bound=0,
 )
+flags.DEFINE_float(
+    "contrast_weight",
+    None,
+    "ReLICv2, SemPPL: of the contrastive terms. "
+    f"{_by_method('contrast_weight')}.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "invariance_weight",
+    None,
+    f"ReLICv2, SemPPL: of the KL terms. {_by_method('invariance_weight')}.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "semantic_weight",
+    None,
+    "SemPPL: of the semantic positives, relative to the views. "
+    f"{_by_method('semantic_weight')}.",
+    lower_bound=0,
+)
+flags.DEFINE_bool(
+    "semantic_invariance",
+    None,
+    "SemPPL: whether there is a KL term of semantic positives, too. "
+    f"{_by_method('semantic_invariance')}.",
+)
+flags.DEFINE_integer(
+    "num_semantic_positives",
+    0,
+    f"SemPPL: draws an image. {_by_method('num_semantic_positives')}.",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "queue_size",
+    None,
+    "SemPPL: labelled images in the queue. Unset: 20 batches.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "num_negatives",
+    None,
+    "ReLIC family: negatives sampled from the global batch for each image and "
+    f"pair of views; 0: all. {_by_method('num_negatives')}.",
+    lower_bound=0,
+)
+flags.DEFINE_bool(
+    "include_same_view",
+    None,
+    "ReLIC family: whether a view is compared with its own target. "
+    f"{_by_method('include_same_view')}.",
+)
+flags.DEFINE_bool(
+    "average_pairs",
+    None,
+    "ReLIC family: mean over pairs of views, not sum. "
+    f"{_by_method('average_pairs')}.",
+)
+flags.DEFINE_enum(
+    "kl_form",
+    None,
+    ["swap", "transpose", "transpose_reversed"],
+    "ReLIC family: what a distribution over images is compared with: that of "
+    "the swapped views, or of the columns; reversed as in relic-pytorch. "
+    f"{_by_method('kl_form')}.",
+)
+flags.DEFINE_enum(
+    "kl_grad",
+    None,
+    ["sg_p", "entropy_only", "none"],
+    "ReLIC family: what of KL's first argument has no gradient: all of it, its "
+    f"entropy (ReLICv2's equation), nothing. {_by_method('kl_grad')}.",
+)
+flags.DEFINE_enum(
+    "kl_small",
+    None,
+    ["transpose", "shared_target", "off"],
+    f"ReLIC family: KL of small views. {_by_method('kl_small')}.",
+)
+flags.DEFINE_bool("use_siglip", False, "ReLIC: SigLIP's pairwise sigmoid loss.")
 flags.DEFINE_bool(
     "lineareval_while_pretraining",
     True,
     "Whether a linear classifier is trained beside, behind a stop-gradient.",
 )
 
+# Target network.
+flags.DEFINE_bool(
+    "target_network",
+    False,
+    "Whether online embeddings are compared with those of a moving average of "
+    f"the networks. {_by_method('target_network')}.",
+)
+flags.DEFINE_float(
+    "target_decay",
+    None,
+    "Of that average, at the start; a cosine raises it to 1. "
+    f"{_by_method('target_decay')}.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_integer(
+    "update_gamma_after_step",
+    -1,
+    "Up to this step the target is a copy; -1: never.",
+    lower_bound=-1,
+)
+flags.DEFINE_integer(
+    "update_gamma_every_n_steps",
+    1,
+    "Steps from one update of the target to the next.",
+    lower_bound=1,
+)
+flags.DEFINE_bool(
+    "evaluate_target",
+    False,
+    "Whether a checkpoint's target network is fine-tuned or probed, not the "
+    "online one.",
+)
+
+# Labels that pretraining may see (SemPPL); unset: all that there are.
+flags.DEFINE_float(
+    "labelled_fraction",
+    None,
+    "Share of the training images, as many of each class.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_integer(
+    "labels_per_class", None, "Images of each class.", lower_bound=1
+)
+flags.DEFINE_string(
+    "labelled_file", None, "Text file of example ids or file names, one a line."
+)
+flags.DEFINE_float(
+    "labelled_batch_share",
+    0.0,
+    "Share of each batch drawn from the labelled images; 0: as they come.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_bool(
+    "train_on_labelled",
+    False,
+    "Fine-tuning: on the images whose labels the pretraining saw, alone.",
+)
+
 # Networks.
+flags.DEFINE_enum("encoder", "resnet", model.ENCODERS, "Kind of encoder.")
 flags.DEFINE_integer("resnet_depth", 50, "10, 18, 34, 50, 101, 152 or 200.")
 flags.DEFINE_float("width_multiplier", 1.0, "Of all numbers of channels.")
 flags.DEFINE_enum(
@@ -306,11 +463,30 @@ flags.DEFINE_float(
 flags.DEFINE_enum(
     "proj_head_mode",
     "nonlinear",
-    ["none", "linear", "nonlinear"],
-    "Projection head.",
+    model.PROJECTION_MODES,
+    "Projection head: SimCLR's nonlinear, or an mlp such as BYOL's. "
+    f"{_by_method('proj_head_mode')}.",
 )
 flags.DEFINE_integer(
     "proj_out_dim", 128, "Size of the projection.", lower_bound=1
+)
+flags.DEFINE_list(
+    "proj_hidden_dim",
+    ["512"],
+    "Units of each hidden layer of the mlp head, and of the predictor. "
+    f"{_by_method('proj_hidden_dim')}.",
+)
+flags.DEFINE_enum(
+    "proj_bn",
+    "hidden",
+    model.MLP_NORMS,
+    f"After which layers of the mlp BatchNorm stands. {_by_method('proj_bn')}.",
+)
+flags.DEFINE_bool(
+    "predictor",
+    False,
+    "Whether a prediction head follows the projection. "
+    f"{_by_method('predictor')}.",
 )
 flags.DEFINE_integer(
     "num_proj_layers", 3, "Of the nonlinear head.", lower_bound=1
@@ -340,8 +516,56 @@ flags.DEFINE_bool(
 flags.DEFINE_enum(
     "augmentation",
     "simclr",
-    ["simclr", "byol"],
-    "Preset of the views: SimCLR's, or BYOL's asymmetric pair.",
+    ["simclr", "byol", "relic_pytorch"],
+    "Preset of the views: SimCLR's, BYOL's two alternating, or relic-pytorch's."
+    f" {_by_method('augmentation')}.",
+)
+flags.DEFINE_integer(
+    "num_large_views",
+    2,
+    f"Of an image. {_by_method('num_large_views')}.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "num_small_views",
+    0,
+    f"Of an image, without a target. {_by_method('num_small_views')}.",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "small_image_size",
+    None,
+    "Side of a small view, pixels. Unset: 96/224 of image_size, or half of it "
+    "up to 32 pixels.",
+    lower_bound=1,
+)
+flags.DEFINE_list(
+    "small_crop_area", ["0.05", "0.14"], "As crop_area, of a small view."
+)
+flags.DEFINE_bool(
+    "sym_aug", False, "Blur 0.5 and solarize 0.2 for all views, BYOL's mean."
+)
+flags.DEFINE_string(
+    "mask_dir",
+    None,
+    "Folder of foreground masks, ID.png or the image's path with .png.",
+)
+flags.DEFINE_enum(
+    "saliency",
+    None,
+    sorted(saliency.ESTIMATORS),
+    "Estimator of foregrounds where there is no mask_dir.",
+)
+flags.DEFINE_float(
+    "mask_probability",
+    0.0,
+    "Of a large view without its background, where there are masks. "
+    f"{_by_method('mask_probability')}.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_enum(
+    "mask_fill", "zero", ["zero", "mean", "noise"], "In the background's place."
 )
 flags.DEFINE_float(
     "color_jitter_strength",
@@ -364,12 +588,6 @@ _AUGMENTATION_FLOATS = {
     "blur_probability": "Of blur.",
     "solarize_probability": "Of inverted highlights.",
 }
-_AUGMENTATION_RANGES = ("crop_area", "crop_aspect", "blur_sigma")
-_AUGMENTATION_OVERRIDES = (
-    *_AUGMENTATION_FLOATS,
-    *_AUGMENTATION_RANGES,
-    "brightness_mode",
-)
 for _name, _help in _AUGMENTATION_FLOATS.items():
     flags.DEFINE_float(_name, None, _help)
 flags.DEFINE_enum(
@@ -422,8 +640,36 @@ _OF_PRETRAINING = (
     "augmentation",
     "color_jitter_strength",
     "use_blur",
+    "sym_aug",
+    "mask_dir",
+    "saliency",
+    "mask_fill",
 )
-_OF_FINETUNING = ("fine_tune_after_block", "zero_init_logits_layer")
+# What only methods with one projection a view can do.
+_OF_MULTI_VIEW = (
+    "num_large_views",
+    "num_small_views",
+    "small_image_size",
+    "small_crop_area",
+    "predictor",
+    "target_network",
+    "target_decay",
+    "update_gamma_after_step",
+    "update_gamma_every_n_steps",
+)
+_OF_SEMPPL = (
+    "queue_size",
+    "num_semantic_positives",
+    "labelled_fraction",
+    "labels_per_class",
+    "labelled_file",
+    "labelled_batch_share",
+)
+_OF_FINETUNING = (
+    "fine_tune_after_block",
+    "zero_init_logits_layer",
+    "train_on_labelled",
+)
 # SimCLR's linear evaluation on CIFAR-10.
 _FINETUNE_DEFAULTS = {
     "optimizer": "momentum",
@@ -436,6 +682,7 @@ _INHERITED = (
     "normalize",
     "channels",
     "image_size",
+    "encoder",
     "resnet_depth",
     "width_multiplier",
     "stem",
@@ -447,6 +694,8 @@ _INHERITED = (
     "proj_head_mode",
     "proj_out_dim",
     "num_proj_layers",
+    "proj_hidden_dim",
+    "proj_bn",
 )
 _INHERITED_BY_EVAL = (
     *_INHERITED,
@@ -459,9 +708,6 @@ _INHERITED_BY_EVAL = (
     "ft_proj_selector",
     "lineareval_while_pretraining",
 )
-
-
-Settings = types.SimpleNamespace  # the flags in force, by name
 
 
 def main(argv: Sequence[str]) -> None:
@@ -527,10 +773,9 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
     Raises:
         ValueError: if flags contradict each other.
     """
-    inherited = _inherited_values()
     settings, sources = Settings(), {}
 
-    def resolve(name: str, layers: dict[str, Mapping[str, Any]]) -> None:
+    def resolve(name: str, layers: Mapping[str, methods.Values]) -> None:
         value, sources[name] = FLAGS[name].value, "default"
         if FLAGS[name].present:
             sources[name] = "command line"
@@ -541,23 +786,39 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
                     break
         setattr(settings, name, value)
 
-    layers: dict[str, Mapping[str, Any]] = {"its run": inherited}
-    for name in ("train_mode", "objective"):
+    layers: dict[str, methods.Values] = {"its run": _inherited_values()}
+    if FLAGS.preset:
+        layers[f"preset {FLAGS.preset}"] = methods.PRESETS[FLAGS.preset]
+    for name in ("train_mode", "objective", "target_network", "use_siglip"):
         resolve(name, layers)
-    objective = trainer.ALIASES.get(settings.objective, settings.objective)
+    objective = methods.canonical_name(settings.objective, settings.use_siglip)
     if settings.train_mode == "finetune":
         layers["fine-tuning"] = _FINETUNE_DEFAULTS
     else:
-        layers[objective] = trainer.METHODS[objective].defaults
+        layers[objective] = methods.METHODS[objective].values(
+            target_network=sources["target_network"] == "default"
+            or settings.target_network
+        )
     for name in _OWN_FLAGS:
         resolve(name, layers)
     settings.objective = objective
+    _tidy(settings, sources)
     _check(settings)
-    if settings.checkpoint == _FROM_SCRATCH:
-        settings.checkpoint = None
     for line in _without_effect(settings, sources):
         logging.warning(line)
     return settings, sources
+
+
+def _tidy(settings: Settings, sources: dict[str, str]) -> None:
+    """Replaces what flags cannot say by what is meant."""
+    for name, meant in methods.METHODS[settings.objective].renamed.items():
+        if sources[name] == "command line":
+            setattr(settings, meant, getattr(settings, name))
+            sources[meant] = "command line"
+    settings.proj_hidden_dim = tuple(int(n) for n in settings.proj_hidden_dim)
+    settings.target_decay = settings.target_decay or 0.0
+    if settings.checkpoint == _FROM_SCRATCH:
+        settings.checkpoint = None
 
 
 def _inherited_values() -> dict[str, Any]:
@@ -605,22 +866,43 @@ def _check(settings: Settings) -> None:
         )
     if settings.use_tpu and settings.cpu_replicas > 1:
         raise ValueError("--cpu_replicas is for runs without a TPU.")
+    if settings.use_siglip and settings.objective != "siglip":
+        raise ValueError("--use_siglip is a loss of --objective=relic.")
+    views = settings.num_large_views, settings.num_small_views
+    multi_view = methods.METHODS[settings.objective].multi_view
+    if not finetune and (sum(views) < 2 if multi_view else views != (2, 0)):
+        raise ValueError(
+            f"The objective {settings.objective} compares "
+            f"{'two views or more' if multi_view else 'two large views'}. "
+            f"Received: --num_large_views={views[0]} "
+            f"--num_small_views={views[1]}."
+        )
+    partly = settings.fine_tune_after_block not in (-1, 4)
+    if finetune and settings.encoder != "resnet" and partly:
+        raise ValueError(
+            f"Of {settings.encoder}, fine-tuning trains all "
+            "(--fine_tune_after_block=-1) or the classifier alone (4)."
+        )
 
 
 def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     """Returns a line for every given flag that does nothing in this run."""
-    method = trainer.METHODS[settings.objective]
+    method = methods.METHODS[settings.objective]
     of_methods = {
-        name for row in trainer.METHODS.values() for name in row.defaults
-    } - {"weight_decay"}
+        flag for row in methods.METHODS.values() for flag in _of_method(row)
+    }
     reasons = dict(_WITHOUT_MEANING)
     if settings.train_mode == "finetune":
-        for name in (*of_methods, *_OF_PRETRAINING, *_AUGMENTATION_OVERRIDES):
+        for name in (
+            *of_methods,
+            *_OF_PRETRAINING,
+            *experiment.AUGMENTATION_OVERRIDES,
+        ):
             reasons[name] = "it is of pretraining"
     else:
         for name in _OF_FINETUNING:
             reasons[name] = "it is of fine-tuning"
-        for name in of_methods - set(method.defaults):
+        for name in of_methods - _of_method(method):
             reasons[name] = f"the objective {settings.objective} has none"
     return [
         f"--{name} has no effect: {reason}."
@@ -629,327 +911,28 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     ]
 
 
-class Run:
-    """What every mode needs: settings, data, devices, networks.
-
-    Attributes:
-        settings: the flags in force; image_size, channels, stem and model_dir
-            are resolved.
-        strategy: where steps run.
-        train_data: the training split.
-        architecture: of the networks.
-        networks: made in the strategy's scope.
-    """
-
-    def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
-        self.settings = settings
-        self._sources = sources
-        settings.model_dir = settings.model_dir or os.path.join(
-            "runs",
-            f"{settings.train_mode}-{settings.objective}-"
-            + os.path.basename(settings.dataset.rstrip("/")),
-        )
-        self._set_numerics()
-        self.strategy = devices.make_strategy(
-            use_tpu=settings.use_tpu,
-            tpu_name=settings.master or settings.tpu_name,
-            tpu_zone=settings.tpu_zone,
-            gcp_project=settings.gcp_project,
-            cpu_replicas=settings.cpu_replicas,
-        )
-        if settings.jit_compile is None:
-            alone = self.strategy.num_replicas_in_sync == 1
-            settings.jit_compile = alone and devices.has_gpu()
-        self.train_data = self._load(settings.train_split)
-        self._settle_sizes()
-        self.architecture = make_architecture(
-            settings, self.train_data.num_classes
-        )
-        with self.strategy.scope():
-            self.networks = model.build_networks(self.architecture)
-
-    def _set_numerics(self) -> None:
-        """Sets TensorFlow up; before anything else is done with it."""
-        settings = self.settings
-        on_cpu = not devices.has_gpu() and not settings.use_tpu
-        if settings.deterministic is None:
-            settings.deterministic = on_cpu
-        if settings.deterministic:
-            tf.config.experimental.enable_op_determinism()
-            # Sums that it rewrites come out different from one call to the
-            # next on several threads (TensorFlow 2.20 on a CPU).
-            tf.config.optimizer.set_experimental_options(
-                {"arithmetic_optimization": False}
-            )
-        # Compiled by XLA, convolutions are slower on a CPU, chains of pointwise
-        # operations several times faster.
-        settings.jit_augmentation = on_cpu
-        keras.utils.set_random_seed(settings.seed)
-        if settings.mixed_precision:
-            keras.mixed_precision.set_global_policy("mixed_bfloat16")
-
-    def _load(self, split: str) -> data.Dataset:
-        return data.load(
-            self.settings.dataset,
-            split,
-            data_dir=self.settings.data_dir,
-            channels=self.settings.channels,
-        )
-
-    @functools.cached_property
-    def eval_data(self) -> data.Dataset:
-        """The split for evaluation: test or validation if none was named."""
-        if self.settings.eval_split:
-            return self._load(self.settings.eval_split)
-        try:
-            return self._load("test")
-        except ValueError:
-            return self._load("validation")
-
-    def _settle_sizes(self) -> None:
-        """Takes what flags leave open from the data."""
-        settings, size = self.settings, self.train_data.image_size
-        if settings.image_size is None:
-            settings.image_size = min(size) if size else _IMAGENET_SIZE
-        if size and settings.image_size > min(size):
-            raise ValueError(
-                f"--image_size={settings.image_size} exceeds the images of "
-                f"{settings.dataset}, which are {size[0]}x{size[1]}."
-            )
-        settings.channels = self.train_data.channels
-        if settings.stem is None:
-            small = settings.image_size <= _LARGEST_SMALL_IMAGE
-            settings.stem = "cifar" if small else "imagenet"
-
-    def distributed(
-        self, make_stream: Callable[..., tf.data.Dataset]
-    ) -> tf.data.Dataset:
-        """Returns `make_stream`'s batches, one part of each a replica."""
-        return self.strategy.distribute_datasets_from_function(
-            lambda context: make_stream(
-                num_replicas=context.num_replicas_in_sync,
-                pipeline_index=context.input_pipeline_id,
-                num_pipelines=context.num_input_pipelines,
-            )
-        )
-
-    def evaluate(self, step: int) -> None:
-        """Evaluates the networks and writes the result."""
-        settings, dataset = self.settings, self.eval_data
-        crop = (
-            None
-            if settings.image_size <= _LARGEST_SMALL_IMAGE
-            else _IMAGENET_CROP_PROPORTION
-        )
-        stream = self.distributed(
-            functools.partial(
-                data.eval_stream,
-                dataset,
-                batch_size=settings.eval_batch_size,
-                image_size=settings.image_size,
-                crop_proportion=crop or 1.0,
-            )
-        )
-        if settings.eval_steps:
-            stream = itertools.islice(stream, settings.eval_steps)
-        measured = trainer.evaluate(
-            self.networks,
-            stream,
-            settings.image_size,
-            self.strategy,
-            None if dataset.is_encoded else crop,
-        )
-        result = measured | {
-            "global_step": step,
-            "dataset": settings.dataset,
-            "split": dataset.split,
-            "train_mode": settings.train_mode,
-        }
-        reporting.write_result(settings.model_dir, result, step)
-        logging.info(
-            "Step %d, %s %s: top-1 %.2f %%, top-5 %.2f %% of %d images.",
-            step,
-            settings.dataset,
-            dataset.split,
-            100 * measured["top_1_accuracy"],
-            100 * measured["top_5_accuracy"],
-            measured["num_examples"],
-        )
-
-    def write(self, config: trainer.TrainConfig) -> None:
-        """Writes `run.json`, after a look at what is in the directory.
-
-        Raises:
-            ValueError: if the directory holds a run of other networks.
-        """
-        settings, architecture = self.settings, self.architecture
-        before = checkpoint_lib.read_run(settings.model_dir)
-        now = {
-            "flags": vars(settings),
-            "sources": self._sources,
-            "architecture": dataclasses.asdict(architecture),
-            "train_steps": config.train_steps,
-            "command": sys.argv,
-            "commit": _commit(),
-            "devices": list(self.strategy.extended.worker_devices),
-            "versions": {
-                "python": platform.python_version(),
-                "tensorflow": tf.__version__,
-                "keras": keras.__version__,
-            },
-        }
-        now = json.loads(json.dumps(now))  # tuples become lists, as when read
-        if before and tf.train.latest_checkpoint(settings.model_dir):
-            _compare_runs(settings.model_dir, before, now)
-        checkpoint_lib.write_run(settings.model_dir, now)
-
-
-def _compare_runs(
-    directory: str, before: dict[str, Any], now: dict[str, Any]
-) -> None:
-    """Refuses to go on with other networks; reports other flags."""
-
-    def differing(part: str) -> list[str]:
-        return [
-            f"{name}: {before[part].get(name)} there, {value} here"
-            for name, value in now[part].items()
-            if before[part].get(name) != value
-        ]
-
-    networks = differing("architecture")
-    if before["flags"]["train_mode"] != now["flags"]["train_mode"]:
-        networks.append("train_mode")
-    if networks:
-        raise ValueError(
-            f"{directory} holds a run of other networks ({'; '.join(networks)})"
-            ". Choose another --model_dir, or the same flags."
-        )
-    for line in differing("flags"):
-        logging.warning("Going on with another flag than before: %s", line)
-
-
-def make_architecture(
-    settings: Settings, num_classes: int
-) -> model.Architecture:
-    """Returns the networks that the flags describe."""
-    needs_classifier = (
-        settings.train_mode == "finetune"
-        or settings.lineareval_while_pretraining
-    )
-    if settings.train_mode == "finetune" and not num_classes:
-        raise ValueError(
-            f"Fine-tuning needs labels; {settings.dataset} "
-            f"{settings.train_split} has none."
-        )
-    normalize = settings.normalize == "imagenet"
-    if normalize and settings.channels != len(_IMAGENET_MEAN):
-        raise ValueError(
-            "--normalize=imagenet is of 3 channels. "
-            f"Received images of {settings.channels}."
-        )
-    values = {
-        field.name: getattr(settings, field.name)
-        for field in dataclasses.fields(model.Architecture)
-        if hasattr(settings, field.name)
-    }
-    return model.Architecture(
-        **values,
-        num_classes=num_classes if needs_classifier else 0,
-        image_mean=_IMAGENET_MEAN if normalize else (),
-        image_std=_IMAGENET_STD if normalize else (),
-    )
-
-
-def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
-    """Returns the augmentation of each view that the flags describe."""
-    size = settings.image_size
-    if settings.train_mode == "finetune":
-        # Crop and flip alone, as SimCLR and BYOL do.
-        return (
-            data_util.simclr_augmentation(
-                size,
-                jitter_probability=0.0,
-                grayscale_probability=0.0,
-                blur_probability=0.0,
-            ),
-        )
-    overrides = {
-        name: getattr(settings, name)
-        for name in _AUGMENTATION_OVERRIDES
-        if getattr(settings, name) is not None
-    }
-    for name in set(overrides) & set(_AUGMENTATION_RANGES):
-        overrides[name] = tuple(float(x) for x in overrides[name])
-    if settings.augmentation == "byol":
-        return tuple(
-            data_util.byol_augmentation(size, view=view, **overrides)
-            for view in (0, 1)
-        )
-    view = data_util.simclr_augmentation(
-        size,
-        strength=settings.color_jitter_strength,
-        use_blur=settings.use_blur,
-        **overrides,
-    )
-    return (view, view)
-
-
-def make_train_config(
-    settings: Settings, num_examples: int, num_replicas: int
-) -> trainer.TrainConfig:
-    """Returns what the training loop needs, with all counts in steps."""
-    batch_size = settings.train_batch_size
-    if batch_size % num_replicas:
-        raise ValueError(
-            f"--train_batch_size={batch_size} does not divide among "
-            f"{num_replicas} replicas."
-        )
-    epoch_steps = max(1, round(num_examples / batch_size))
-    train_steps = settings.train_steps or schedules.train_steps(
-        num_examples, settings.train_epochs, batch_size
-    )
-    warmup_steps = schedules.warmup_steps(
-        num_examples, settings.warmup_epochs, batch_size
-    )
-    if settings.train_mode == "pretrain" and warmup_steps >= train_steps:
-        logging.warning(
-            "The warm-up of %d steps is longer than training (%d steps): the "
-            "learning rate stays below its peak.",
-            warmup_steps,
-            train_steps,
-        )
-    method = trainer.METHODS[settings.objective]
-    values = {
-        field.name: getattr(settings, field.name)
-        for field in dataclasses.fields(trainer.TrainConfig)
-        if hasattr(settings, field.name)
-    }
-    values |= {
-        "hyperparameters": {
-            argument: getattr(settings, flag)
-            for argument, flag in method.hyperparameters.items()
-        },
-        "gradient_penalty_weight": settings.gradient_penalty_weight or 0.0,
-        "views": make_views(settings),
-        "batch_size": batch_size,
-        "num_examples": num_examples,
-        "train_steps": train_steps,
-        "warmup_steps": warmup_steps,
-        "peak_learning_rate": schedules.scaled_learning_rate(
-            settings.learning_rate, batch_size, settings.learning_rate_scaling
-        ),
-        "checkpoint_steps": settings.checkpoint_steps
-        or settings.checkpoint_epochs * epoch_steps,
-        "summary_steps": settings.train_summary_steps,
-    }
-    return trainer.TrainConfig(**values)
+def _of_method(method: methods.Method) -> set[str]:
+    """Returns the flags that mean something for this method and not for all."""
+    names = {*method.arguments.values(), *method.renamed}
+    if "gradient_penalty_weight" in method.defaults:
+        names.add("gradient_penalty_weight")
+    if method.multi_view:
+        names.update(_OF_MULTI_VIEW)
+    if "temperature" in names and method.multi_view:
+        names.add("learnable_temperature")
+    if "num_semantic_positives" in method.defaults:
+        names.update(_OF_SEMPPL)
+    return names
 
 
 def _train(run: Run) -> Callable[[], None]:
     """Prepares training; returns the work, which evaluates too if asked."""
     settings = run.settings
-    config = make_train_config(
-        settings, run.train_data.num_examples, run.strategy.num_replicas_in_sync
+    config = experiment.make_train_config(
+        settings,
+        run.train_data,
+        run.strategy.num_replicas_in_sync,
+        labelled_ids=run.labelled_ids,
     )
     evaluates = settings.mode == "train_then_eval"
     if evaluates:
@@ -966,10 +949,13 @@ def _train(run: Run) -> Callable[[], None]:
         )
     run.write(config)
     if settings.checkpoint and not checkpoints.latest:
+        of_target = "target_" if settings.evaluate_target else ""
         checkpoint_lib.restore_networks(
             settings.checkpoint,
-            encoder=run.networks.encoder,
-            projection=run.networks.projection,
+            **{
+                f"{of_target}encoder": run.networks.encoder,
+                f"{of_target}projection": run.networks.projection,
+            },
         )
     make_stream = functools.partial(
         data.train_stream,
@@ -1068,7 +1054,9 @@ def _probe(run: Run) -> Callable[[], None]:
     encoders = {
         "raw pixels": None,
         "random encoder": model.encoder_of_images(run.networks),
-        "pretrained encoder": checkpoint_lib.load_encoder(settings.checkpoint),
+        "pretrained encoder": checkpoint_lib.load_encoder(
+            settings.checkpoint, target=settings.evaluate_target
+        ),
     }
     test_data = run.eval_data
 
@@ -1096,21 +1084,3 @@ class _Signals:
             signal.default_int_handler(number, None)
         _Signals.received = number
         logging.warning("Signal %d: saving after this call ...", number)
-
-
-def _commit() -> str | None:
-    """Returns the commit of this program's own repository, if it has one."""
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=_HERE,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-if __name__ == "__main__":
-    app.run(main)

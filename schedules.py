@@ -68,12 +68,19 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         peak: learning rate at the end of the warm-up.
         warmup_steps: number of steps with a growing rate; 0 for none.
         total_steps: first step with rate 0, at least `warmup_steps`.
+        decay: False keeps the rate at its peak after the warm-up.
 
     Raises:
         ValueError: unless `0 <= warmup_steps <= total_steps`.
     """
 
-    def __init__(self, peak: float, warmup_steps: int, total_steps: int):
+    def __init__(
+        self,
+        peak: float,
+        warmup_steps: int,
+        total_steps: int,
+        decay: bool = True,
+    ):
         if not 0 <= warmup_steps <= total_steps:
             raise ValueError(
                 "`warmup_steps` must be in 0..`total_steps`. Received: "
@@ -82,15 +89,18 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         self.peak = peak
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
+        self.decay = decay
 
     def __call__(self, step: Any) -> tf.Tensor:
         """Returns the float32 learning rate of a step, counted from 0."""
         step = ops.cast(step, "float32")
         warmup = step / max(self.warmup_steps, 1)
-        cosine = _half_cosine(
-            step - self.warmup_steps, self.total_steps - self.warmup_steps
-        )
-        return self.peak * ops.where(step < self.warmup_steps, warmup, cosine)
+        after = 1.0
+        if self.decay:
+            after = _half_cosine(
+                step - self.warmup_steps, self.total_steps - self.warmup_steps
+            )
+        return self.peak * ops.where(step < self.warmup_steps, warmup, after)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
@@ -98,26 +108,40 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
             "peak": self.peak,
             "warmup_steps": self.warmup_steps,
             "total_steps": self.total_steps,
+            "decay": self.decay,
         }
 
 
-def ema_decay(step: Any, total_steps: int, base: float) -> tf.Tensor:
+def ema_decay(
+    step: Any,
+    total_steps: int,
+    base: float,
+    *,
+    copy_until: int = -1,
+    every: int = 1,
+) -> tf.Tensor:
     """Returns the decay of the target network's average, from `base` to 1.
 
     `1 - (1 - base) * (1 + cos(pi * step / total_steps)) / 2`; the target is
     then `decay * target + (1 - decay) * online`.
 
-    Source: Grill et al. (BYOL), arXiv:2006.07733.
+    Source: Grill et al. (BYOL), arXiv:2006.07733. `copy_until` and `every`:
+    filipbasara0/relic, train.py, `update_gamma_after_step` and
+    `update_gamma_every_n_steps`.
 
     Args:
         step: integer or integer tensor, counted from 0.
         total_steps: step at which the decay reaches 1, and stays there.
         base: decay at step 0, in [0, 1].
+        copy_until: up to this step the target is a copy: the decay is 0.
+        every: steps from one update to the next; 1 between them.
 
     Returns:
         float32 scalar.
     """
-    return 1.0 - (1.0 - base) * _half_cosine(step, total_steps)
+    decay = 1.0 - (1.0 - base) * _half_cosine(step, total_steps)
+    decay = ops.where(ops.equal(ops.mod(step, every), 0), decay, 1.0)
+    return ops.where(step <= copy_until, 0.0, decay)
 
 
 def _half_cosine(step: Any, total_steps: int) -> tf.Tensor:

@@ -3,10 +3,11 @@
 
 One compiled loop runs a step on every replica, several times a call. A step
 maps a batch to its metrics and updates the networks; everything that differs
-between methods is a row of `METHODS`.
+between methods is a row of `methods.METHODS`.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from absl import logging
 
 import data_util
 import lars_optimizer
+import methods
 import model
 import objective
 import reporting
@@ -34,77 +36,8 @@ ViewMaker = Callable[[Batch], list[tf.Tensor]]
 # shows and a signal is answered, yet the host is rarely in the way.
 _SECONDS_A_CALL = 2.0
 
-
-# Every critic's arguments, and the flags they come from.
-_CRITIC = {"temperature": "temperature", "hidden_norm": "hidden_norm"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-    """What is particular to one pretraining objective.
-
-    Attributes:
-        loss: `loss(z1, z2, gather=..., **hyperparameters)`, of `objective`.
-        hyperparameters: the loss's arguments, and the flags they come from.
-        defaults: values of flags that are left unset, by flag name.
-    """
-
-    loss: Callable[..., tf.Tensor]
-    hyperparameters: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: dict(_CRITIC)
-    )
-    defaults: Mapping[str, Any]
-
-
-# Temperatures and weights: SimCLR's are its tf2/run.py's; those of the RPC
-# family its gpu_pretrain_finetune_cifar.sh's (0.5 for all but RPC itself).
-METHODS: dict[str, Method] = {
-    "simclr": Method(
-        loss=objective.simclr_loss,
-        defaults={
-            "temperature": 0.1,
-            "hidden_norm": True,
-            "weight_decay": 1e-6,
-        },
-    ),
-    "rpc": Method(
-        loss=objective.rpc_loss,
-        hyperparameters={
-            **_CRITIC,
-            "alpha": "alpha",
-            "beta": "beta",
-            "gamma": "gamma",
-            "marginal_norm": "rpc_marginal_norm",
-        },
-        defaults={
-            "temperature": 128.0,
-            "hidden_norm": False,
-            "alpha": 0.0,
-            "beta": 0.001,
-            "gamma": 1.0,
-            "weight_decay": 1e-4,
-        },
-    ),
-    **{
-        name: Method(
-            loss=loss,
-            defaults={
-                "temperature": 0.5,
-                "hidden_norm": True,
-                "weight_decay": 1e-4,
-                **more,
-            },
-        )
-        for name, loss, more in (
-            ("dv", objective.dv_loss, {}),
-            ("nwj", objective.nwj_loss, {}),
-            ("js", objective.js_loss, {}),
-            # The weight of Gulrajani et al., arXiv:1704.00028.
-            ("wpc", objective.wpc_loss, {"gradient_penalty_weight": 10.0}),
-        )
-    },
-}
-ALIASES = {"chi": "rpc", "nce": "simclr"}
+# What draws of an example are for, where views are numbered from 0.
+_NEGATIVES, _SEMANTIC_POSITIVES = 1 << 16, (1 << 16) + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,17 +46,24 @@ class TrainConfig:
 
     Attributes:
         train_mode: "pretrain" or "finetune".
-        objective: a row of `METHODS`, for pretraining.
+        objective: a row of `methods.METHODS`, for pretraining.
         hyperparameters: arguments of the objective's loss.
         gradient_penalty_weight: of the critic's gradient; 0: none.
-        lineareval_while_pretraining: whether a linear classifier is trained
-            beside the networks, behind a stop-gradient.
         views: one augmentation a view; one view for fine-tuning.
+        num_large_views: the first views; the others are small.
+        target_decay: of the target network's moving average, at the start.
+        copy_target_until: up to this step the target is a copy; -1: never.
+        target_update_steps: steps from one update of the target to the next.
+        num_semantic_positives: draws an image from SemPPL's queue.
+        num_classes: of the data; 0 without labels.
+        labelled: bool `[num_examples]`, whose labels the objective may see;
+            None: of all that have one.
         batch_size: images a step on all replicas together.
         num_examples: images an epoch.
         train_steps: optimizer steps in all.
         warmup_steps: steps of linear warm-up.
         peak_learning_rate: after warm-up, already scaled by the batch size.
+        learning_rate_schedule: "cosine", or "constant" after the warm-up.
         optimizer: "lars", "momentum" or "adam".
         lars_variant: "simclr" or "deepmind".
         momentum: of lars and momentum.
@@ -144,13 +84,20 @@ class TrainConfig:
     objective: str
     hyperparameters: Mapping[str, Any]
     gradient_penalty_weight: float
-    lineareval_while_pretraining: bool
     views: tuple[data_util.Augmentation, ...]
+    num_large_views: int = 2
+    target_decay: float = 1.0
+    copy_target_until: int = -1
+    target_update_steps: int = 1
+    num_semantic_positives: int = 0
+    num_classes: int = 0
+    labelled: np.ndarray | None = None
     batch_size: int
     num_examples: int
     train_steps: int
     warmup_steps: int
     peak_learning_rate: float
+    learning_rate_schedule: str = "cosine"
     optimizer: str
     lars_variant: str
     momentum: float
@@ -167,9 +114,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.train_mode == "pretrain":
             # The loss checks its arguments; better now than when compiled.
-            METHODS[self.objective].loss(
-                *tf.eye(2, batch_shape=[2]), **self.hyperparameters
-            )
+            views = [tf.eye(2)] * len(self.views)
+            _loss(self, views, views[: self.num_large_views])
 
 
 class TrainingDiverged(ArithmeticError):
@@ -198,6 +144,7 @@ def learning_rate_schedule(config: TrainConfig) -> schedules.WarmupCosine:
         config.warmup_steps,
         # Training may end within the warm-up, as in a trial of a few steps.
         max(config.train_steps, config.warmup_steps),
+        decay=config.learning_rate_schedule == "cosine",
     )
 
 
@@ -265,63 +212,71 @@ def _pretrain_step(
     optimizers: Optimizers,
     make_views: ViewMaker,
 ) -> Step:
-    loss_function = METHODS[config.objective].loss
-    critic = {name: config.hyperparameters[name] for name in _CRITIC}
+    critic = {
+        "temperature": config.hyperparameters.get("temperature", 1.0),
+        "hidden_norm": config.hyperparameters.get("hidden_norm", True),
+    }
     variables = _network_variables(config, networks)
-    classifier_variables = (
-        _classifier_variables(networks)
-        if config.lineareval_while_pretraining
-        else []
-    )
+    classifier_variables = _classifier_variables(networks)
+    forward = functools.partial(_forward, networks, config.num_large_views)
 
-    def project(views: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        # One forward pass for all views, so that BatchNorm sees them together.
-        hidden = networks.projection(
-            networks.features(tf.concat(views, 0), training=True),
-            training=True,
+    def losses(
+        batch: Batch, gather: objective.Gather
+    ) -> tuple[tf.Tensor, Metrics]:
+        """Returns what is minimised, and the metrics."""
+        views = make_views(batch)
+        metrics: Metrics = {}
+        loss = 0.0
+        if config.gradient_penalty_weight:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(views)
+                online, target, features = forward(views)
+                scores = objective.positive_scores(*online, **critic)
+            metrics["gradient_penalty"] = objective.gradient_penalty(
+                *tape.gradient(scores, views)
+            )
+            loss = config.gradient_penalty_weight * metrics["gradient_penalty"]
+        else:
+            online, target, features = forward(views)
+        more: dict[str, Any] = {}
+        if networks.critic:
+            more["bias"] = networks.critic.bias
+            more["temperature"] = objective.critic_temperature(
+                networks.critic.log_scale, networks.critic.max_scale
+            )
+        if networks.queue:
+            semantic, measured = _semantic_positives(
+                config, networks.queue, batch, online, target, gather
+            )
+            more |= semantic
+            metrics |= measured
+        metrics["contrastive_loss"] = _loss(
+            config, online, target, batch=batch, gather=gather, **more
         )
-        selector = networks.architecture.ft_proj_selector
-        return tf.split(hidden[-1], len(views)), hidden[selector]
+        loss += metrics["contrastive_loss"]
+        if config.optimizer != "lars":
+            loss += _decay_loss(config, variables)
+        metrics |= {"loss": loss} | objective.contrastive_metrics(
+            # The second view where there is one; the first is the anchor.
+            online[0],
+            target[:2][-1],
+            gather=gather,
+            **critic,
+        )
+        if networks.classifier:
+            labels = tf.tile(batch["label"], [config.num_large_views])
+            probe = _classification(
+                networks.classifier(tf.stop_gradient(features)), labels
+            )
+            metrics |= {f"probe_{k}": v for k, v in probe.items()}
+            loss += probe["loss"] + _decay_loss(config, classifier_variables)
+        return loss, metrics
 
     def step(batch: Batch) -> Metrics:
-        gather = _Gather()
-        views = make_views(batch)
-        metrics = {}
         with tf.GradientTape() as tape:
-            if config.gradient_penalty_weight:
-                with tf.GradientTape(
-                    watch_accessed_variables=False
-                ) as critic_tape:
-                    critic_tape.watch(views)
-                    projections, features = project(views)
-                    scores = objective.positive_scores(*projections, **critic)
-                metrics["gradient_penalty"] = objective.gradient_penalty(
-                    *critic_tape.gradient(scores, views)
-                )
-                loss = (
-                    config.gradient_penalty_weight * metrics["gradient_penalty"]
-                )
-            else:
-                projections, features = project(views)
-                loss = 0.0
-            metrics["contrastive_loss"] = loss_function(
-                *projections, gather=gather, **config.hyperparameters
-            )
-            loss += metrics["contrastive_loss"]
-            if config.optimizer != "lars":
-                loss += _decay_loss(config, variables)
-            metrics = {"loss": loss, **metrics}
-            probe_loss = 0.0
-            if networks.classifier and config.lineareval_while_pretraining:
-                labels = tf.tile(batch["label"], [len(views)])
-                probe = _classification(
-                    networks.classifier(tf.stop_gradient(features)), labels
-                )
-                metrics |= {f"probe_{k}": v for k, v in probe.items()}
-                probe_loss = probe["loss"] + _decay_loss(
-                    config, classifier_variables
-                )
-            share = _replica_share(loss, probe_loss)
+            loss, metrics = losses(batch, _Gather())
+            share = _replica_share(loss)
+        done = tf.identity(optimizers.networks.iterations)
         _apply_gradients(
             tape,
             share,
@@ -330,11 +285,151 @@ def _pretrain_step(
                 (optimizers.classifier, classifier_variables),
             ],
         )
-        return metrics | objective.contrastive_metrics(
-            *projections, gather=gather, **critic
-        )
+        if networks.target_encoder:
+            metrics["target_decay"] = schedules.ema_decay(
+                done,
+                config.train_steps,
+                config.target_decay,
+                copy_until=config.copy_target_until,
+                every=config.target_update_steps,
+            )
+            networks.update_target(metrics["target_decay"])
+        return metrics
 
     return step
+
+
+def _forward(
+    networks: model.Networks, num_large: int, views: list[tf.Tensor]
+) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
+    """Returns online and target embeddings a view, the classifier's input.
+
+    One forward pass a size, so that BatchNorm sees those views together.
+    """
+    large, small = tf.concat(views[:num_large], 0), views[num_large:]
+    embedding, layers = networks.embeddings(large)
+    online = target = tf.split(embedding, num_large)
+    if networks.target_encoder:
+        target = tf.split(networks.target_embeddings(large), num_large)
+    if small:
+        embedding, _ = networks.embeddings(tf.concat(small, 0))
+        online = online + tf.split(embedding, len(small))
+    return online, target, layers[networks.architecture.ft_proj_selector]
+
+
+def _loss(
+    config: TrainConfig,
+    online: list[tf.Tensor],
+    target: list[tf.Tensor],
+    *,
+    batch: Batch | None = None,
+    gather: objective.Gather | None = None,
+    **more: Any,
+) -> tf.Tensor:
+    """Returns the method's loss, with what it needs beyond embeddings.
+
+    Without a batch, of no consequence: so that the loss checks its arguments.
+    """
+    method = methods.METHODS[config.objective]
+    arguments = {**config.hyperparameters, **more}
+    if not method.multi_view:
+        return method.loss(*online, gather=gather, **arguments)
+    size = config.batch_size if batch else len(online[0])
+    if "num_negatives" in arguments:
+        count = arguments["num_negatives"]
+        if not 0 < count < size - 1:
+            arguments["num_negatives"] = 0  # all of them
+        elif batch:
+            pairs = objective.num_pairs(
+                len(online), len(target), arguments["include_same_view"]
+            )
+            arguments["draws"] = _draws(config, batch, _NEGATIVES, pairs, count)
+    if method.loss is objective.semppl_loss and not batch:
+        shape = [len(target), size, 1, online[0].shape[1]]
+        arguments["semantic_positives"] = tf.zeros(shape)
+        arguments["has_positive"] = tf.zeros([size], tf.bool)
+    return method.loss(online, target, gather=gather, **arguments)
+
+
+def _draws(
+    config: TrainConfig, batch: Batch, use: int, groups: int, count: int
+) -> tf.Tensor:
+    """Returns float32 `[groups, b, count]` in [0, 1), keyed by the example."""
+    keys = data_util.example_keys(config.seed, batch["epoch"], batch["id"], use)
+    numbers = tf.reshape(tf.range(groups * count), [groups, 1, count])
+    return data_util.uniform(keys[:, tf.newaxis], numbers)
+
+
+def _semantic_positives(
+    config: TrainConfig,
+    queue: model.LabelledQueue,
+    batch: Batch,
+    online: list[tf.Tensor],
+    target: list[tf.Tensor],
+    gather: objective.Gather,
+) -> tuple[dict[str, tf.Tensor], Metrics]:
+    """Enters the labelled rows in the queue, then lets it vote on the others.
+
+    Returns:
+        `semppl_loss`'s arguments, and metrics of the global batch.
+    """
+    labels, ids = batch["label"], batch["id"]
+    labelled = labels >= 0
+    if config.labelled is not None:
+        labelled &= tf.gather(tf.constant(config.labelled), ids)
+    entries = queue.push(
+        tf.stack([tf.math.l2_normalize(gather(t)[0], -1) for t in target]),
+        gather(tf.where(labelled, labels, -1))[0],
+        gather(ids)[0],
+    )
+    votes, agreement = objective.pseudo_labels(
+        online[: len(target)], *entries, ids, num_classes=config.num_classes
+    )
+    positives, has_positive = objective.draw_semantic_positives(
+        tf.where(labelled, labels, votes),
+        *entries,
+        ids,
+        _draws(
+            config,
+            batch,
+            _SEMANTIC_POSITIVES,
+            len(target),
+            config.num_semantic_positives,
+        ),
+    )
+    voted = ~labelled & (votes >= 0)
+    judged = voted & (labels >= 0)
+    # Counts of the global batch: means of replicas' shares would be others.
+    counts = gather(
+        tf.stack(
+            [
+                tf.cast(column, tf.float32)
+                for column in (
+                    ~labelled,
+                    voted,
+                    tf.where(voted, agreement, 0.0),
+                    judged,
+                    judged & (votes == labels),
+                )
+            ],
+            axis=1,
+        )
+    )[0]
+    unlabelled, votes_cast, agreed, votes_judged, right = tf.unstack(
+        tf.reduce_sum(counts, axis=0)
+    )
+    return (
+        {"semantic_positives": positives, "has_positive": has_positive},
+        {
+            "pseudo_label_accuracy": tf.math.divide_no_nan(right, votes_judged),
+            "vote_share": tf.math.divide_no_nan(votes_cast, unlabelled),
+            "vote_agreement": tf.math.divide_no_nan(agreed, votes_cast),
+            "queue_fill": tf.reduce_mean(tf.cast(entries[-1] >= 0, tf.float32)),
+            "semantic_positive_share": tf.reduce_mean(
+                tf.cast(has_positive, tf.float32)
+            ),
+        },
+    )
 
 
 def _finetune_step(
@@ -458,11 +553,17 @@ def _apply_gradients(
 def _network_variables(
     config: TrainConfig, networks: model.Networks
 ) -> list[tf.Variable]:
+    models: list[keras.layers.Layer | None]
     if config.train_mode == "pretrain":
-        models = [networks.encoder, networks.projection]
+        models = [
+            networks.encoder,
+            networks.projection,
+            networks.prediction,
+            networks.critic,
+        ]
     else:
         models = [networks.encoder, networks.projection_to_classifier]
-    return [v for m in models for v in m.trainable_variables]
+    return [v for m in models if m for v in m.trainable_variables]
 
 
 def _classifier_variables(networks: model.Networks) -> list[tf.Variable]:

@@ -49,7 +49,7 @@ def architecture():
 
 
 def config(objective, optimizer):
-    method = trainer.METHODS[objective]
+    method = methods.METHODS[objective]
     values = {"rpc_marginal_norm": "global", **method.defaults}
     view = data_util.simclr_augmentation(16, strength=0.5)
     return trainer.TrainConfig(

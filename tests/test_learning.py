@@ -73,7 +73,7 @@ def test_pretraining_on_cifar10_beats_the_random_encoder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", trainer.METHODS)
+@pytest.mark.parametrize("objective", methods.METHODS)
 def test_every_objective_learns_photo_patches(objective, tmp_path):
     random, trained = _gain(
         tmp_path,

@@ -12,7 +12,7 @@ import pytest
 import trainer
 
 _TESTS = pathlib.Path(__file__).resolve().parent
-_CASES = [f"{name}:momentum" for name in trainer.METHODS]
+_CASES = [f"{name}:momentum" for name in methods.METHODS]
 _CASES_OF_FOUR = ["rpc:lars", "dv:momentum"]
 
 

@@ -216,10 +216,10 @@ def test_gpu_script_is_the_recipe_of_the_rpc_paper():
     assert {k: getattr(settings, k) for k in expected} == expected
 
 
-@pytest.mark.parametrize("objective", trainer.METHODS)
+@pytest.mark.parametrize("objective", methods.METHODS)
 def test_unset_flags_take_the_objective_s_defaults(objective):
     settings, sources = _parse(f"run.py --objective={objective}")
-    for name, value in trainer.METHODS[objective].defaults.items():
+    for name, value in methods.METHODS[objective].defaults.items():
         assert getattr(settings, name) == value
         assert sources[name] == objective
 

@@ -344,4 +344,4 @@ def test_the_other_kinds_of_step_train(objective, tmp_path):
 
 
 def test_every_objective_has_a_row_and_an_alias_points_to_one():
-    assert set(trainer.ALIASES.values()) <= set(trainer.METHODS)
+    assert set(methods.ALIASES.values()) <= set(methods.METHODS)

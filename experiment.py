@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the flags describe: data, devices, networks, views, schedule.
+
+Takes the flags in force as one object, their names as attributes; only
+`run.py` reads them from the command line.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+import checkpoint as checkpoint_lib
+import data
+import data_util
+import devices
+import methods
+import model
+import reporting
+import schedules
+import trainer
+
+Settings = types.SimpleNamespace  # the flags in force, by name
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_IMAGENET_CROP_PROPORTION = 0.875
+_IMAGENET_SIZE = 224  # pixels
+_LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
+_QUEUE_BATCHES = 20
+# Flags that replace a preset's value, named as `data_util.Augmentation`'s
+# fields, and those among them that are a smallest and a largest value.
+AUGMENTATION_RANGES = ("crop_area", "crop_aspect", "blur_sigma")
+AUGMENTATION_OVERRIDES = (
+    "flip_probability",
+    "jitter_probability",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "grayscale_probability",
+    "blur_probability",
+    "solarize_probability",
+    *AUGMENTATION_RANGES,
+    "brightness_mode",
+)
+
+
+class Run:
+    """What every mode needs: settings, data, devices, networks.
+
+    Attributes:
+        settings: the flags in force; image_size, channels, stem and model_dir
+            are resolved.
+        strategy: where steps run.
+        train_data: the training split.
+        architecture: of the networks.
+        networks: made in the strategy's scope.
+    """
+
+    def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
+        self.settings = settings
+        self._sources = sources
+        settings.model_dir = settings.model_dir or os.path.join(
+            "runs",
+            f"{settings.train_mode}-{settings.objective}-"
+            + os.path.basename(settings.dataset.rstrip("/")),
+        )
+        self._set_numerics()
+        self.strategy = devices.make_strategy(
+            use_tpu=settings.use_tpu,
+            tpu_name=settings.master or settings.tpu_name,
+            tpu_zone=settings.tpu_zone,
+            gcp_project=settings.gcp_project,
+            cpu_replicas=settings.cpu_replicas,
+        )
+        if settings.jit_compile is None:
+            alone = self.strategy.num_replicas_in_sync == 1
+            settings.jit_compile = alone and devices.has_gpu()
+        self.train_data = self._load(settings.train_split)
+        self._settle()
+        self.architecture = make_architecture(
+            settings, self.train_data.num_classes
+        )
+        with self.strategy.scope():
+            self.networks = model.build_networks(self.architecture)
+
+    def _set_numerics(self) -> None:
+        """Sets TensorFlow up; before anything else is done with it."""
+        settings = self.settings
+        on_cpu = not devices.has_gpu() and not settings.use_tpu
+        if settings.deterministic is None:
+            settings.deterministic = on_cpu
+        if settings.deterministic:
+            tf.config.experimental.enable_op_determinism()
+            # Sums that it rewrites come out different from one call to the
+            # next on several threads (TensorFlow 2.20 on a CPU).
+            tf.config.optimizer.set_experimental_options(
+                {"arithmetic_optimization": False}
+            )
+        keras.utils.set_random_seed(settings.seed)
+        if settings.mixed_precision:
+            keras.mixed_precision.set_global_policy("mixed_bfloat16")
+
+    def _load(self, split: str) -> data.Dataset:
+        return data.load(
+            self.settings.dataset,
+            split,
+            data_dir=self.settings.data_dir,
+            channels=self.settings.channels,
+        )
+
+    @functools.cached_property
+    def eval_data(self) -> data.Dataset:
+        """The split for evaluation: test or validation if none was named."""
+        if self.settings.eval_split:
+            return self._load(self.settings.eval_split)
+        try:
+            return self._load("test")
+        except ValueError:
+            return self._load("validation")
+
+    def _settle(self) -> None:
+        """Takes what flags leave open from the data."""
+        settings, size = self.settings, self.train_data.image_size
+        if settings.image_size is None:
+            settings.image_size = min(size) if size else _IMAGENET_SIZE
+        if size and settings.image_size > min(size):
+            raise ValueError(
+                f"--image_size={settings.image_size} exceeds the images of "
+                f"{settings.dataset}, which are {size[0]}x{size[1]}."
+            )
+        settings.channels = self.train_data.channels
+        is_small = settings.image_size <= _LARGEST_SMALL_IMAGE
+        if settings.stem is None:
+            settings.stem = "cifar" if is_small else "imagenet"
+        if is_small and settings.train_mode == "pretrain":
+            method = methods.METHODS[settings.objective]
+            for name, value in method.small_images.items():
+                if self._sources[name] in (settings.objective, "default"):
+                    setattr(settings, name, value)
+                    self._sources[name] = f"{settings.objective}, small images"
+        if settings.small_image_size is None:
+            # ReLICv2's 96 of 224; of a small image that would be little.
+            share = 1 / 2 if is_small else 96 / 224
+            settings.small_image_size = int(settings.image_size * share)
+        if settings.queue_size is None:
+            settings.queue_size = _QUEUE_BATCHES * settings.train_batch_size
+
+    def distributed(
+        self, make_stream: Callable[..., tf.data.Dataset]
+    ) -> tf.data.Dataset:
+        """Returns `make_stream`'s batches, one part of each a replica."""
+        return self.strategy.distribute_datasets_from_function(
+            lambda context: make_stream(
+                num_replicas=context.num_replicas_in_sync,
+                pipeline_index=context.input_pipeline_id,
+                num_pipelines=context.num_input_pipelines,
+            )
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates the networks and writes the result."""
+        settings, dataset = self.settings, self.eval_data
+        crop = (
+            None
+            if settings.image_size <= _LARGEST_SMALL_IMAGE
+            else _IMAGENET_CROP_PROPORTION
+        )
+        stream = self.distributed(
+            functools.partial(
+                data.eval_stream,
+                dataset,
+                batch_size=settings.eval_batch_size,
+                image_size=settings.image_size,
+                crop_proportion=crop or 1.0,
+            )
+        )
+        if settings.eval_steps:
+            stream = itertools.islice(stream, settings.eval_steps)
+        measured = trainer.evaluate(
+            self.networks,
+            stream,
+            settings.image_size,
+            self.strategy,
+            None if dataset.is_encoded else crop,
+        )
+        result = measured | {
+            "global_step": step,
+            "dataset": settings.dataset,
+            "split": dataset.split,
+            "train_mode": settings.train_mode,
+        }
+        reporting.write_result(settings.model_dir, result, step)
+        logging.info(
+            "Step %d, %s %s: top-1 %.2f %%, top-5 %.2f %% of %d images.",
+            step,
+            settings.dataset,
+            dataset.split,
+            100 * measured["top_1_accuracy"],
+            100 * measured["top_5_accuracy"],
+            measured["num_examples"],
+        )
+
+    def write(self, config: trainer.TrainConfig) -> None:
+        """Writes `run.json`, after a look at what is in the directory.
+
+        Raises:
+            ValueError: if the directory holds a run of other networks.
+        """
+        settings, architecture = self.settings, self.architecture
+        before = checkpoint_lib.read_run(settings.model_dir)
+        now = {
+            "flags": vars(settings),
+            "sources": self._sources,
+            "architecture": dataclasses.asdict(architecture),
+            "train_steps": config.train_steps,
+            "command": sys.argv,
+            "commit": _commit(),
+            "devices": list(self.strategy.extended.worker_devices),
+            "versions": {
+                "python": platform.python_version(),
+                "tensorflow": tf.__version__,
+                "keras": keras.__version__,
+            },
+        }
+        now = json.loads(json.dumps(now))  # tuples become lists, as when read
+        if before and tf.train.latest_checkpoint(settings.model_dir):
+            _compare_runs(settings.model_dir, before, now)
+        checkpoint_lib.write_run(settings.model_dir, now)
+
+
+def _compare_runs(
+    directory: str, before: dict[str, Any], now: dict[str, Any]
+) -> None:
+    """Refuses to go on with other networks; reports other flags."""
+
+    def differing(part: str) -> list[str]:
+        return [
+            f"{name}: {before[part].get(name)} there, {value} here"
+            for name, value in now[part].items()
+            if before[part].get(name) != value
+        ]
+
+    networks = differing("architecture")
+    if before["flags"]["train_mode"] != now["flags"]["train_mode"]:
+        networks.append("train_mode")
+    if networks:
+        raise ValueError(
+            f"{directory} holds a run of other networks ({'; '.join(networks)})"
+            ". Choose another --model_dir, or the same flags."
+        )
+    for line in differing("flags"):
+        logging.warning("Going on with another flag than before: %s", line)
+
+
+def make_architecture(
+    settings: Settings, num_classes: int
+) -> model.Architecture:
+    """Returns the networks that the flags describe."""
+    finetune = settings.train_mode == "finetune"
+    pretrains = not finetune and settings.mode in ("train", "train_then_eval")
+    needs_classifier = finetune or settings.lineareval_while_pretraining
+    if finetune and not num_classes:
+        raise ValueError(
+            f"Fine-tuning needs labels; {settings.dataset} "
+            f"{settings.train_split} has none."
+        )
+    normalize = settings.normalize == "imagenet"
+    if normalize and settings.channels != len(_IMAGENET_MEAN):
+        raise ValueError(
+            "--normalize=imagenet is of 3 channels. "
+            f"Received images of {settings.channels}."
+        )
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(model.Architecture)
+        if hasattr(settings, field.name)
+    }
+    values |= {
+        "num_classes": num_classes if needs_classifier else 0,
+        "image_mean": _IMAGENET_MEAN if normalize else (),
+        "image_std": _IMAGENET_STD if normalize else (),
+    }
+    if finetune and settings.ft_proj_selector == 0:
+        values["proj_head_mode"] = "none"
+    if not pretrains:
+        # What only pretraining uses is neither built nor restored.
+        values |= {
+            "predictor": False,
+            "target_network": False,
+            "learnable_temperature": False,
+        }
+    elif settings.objective == "siglip":
+        # So that the many negatives do not dominate at first.
+        values["critic_bias"] = -10.0
+    elif settings.objective == "semppl":
+        values["queue_shape"] = (
+            settings.num_large_views,
+            settings.queue_size,
+            settings.proj_out_dim,
+        )
+    return model.Architecture(**values)
+
+
+def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
+    """Returns the augmentation of each view that the flags describe.
+
+    The large views come first.
+    """
+    if settings.train_mode == "finetune":
+        # Crop and flip alone, as SimCLR and BYOL do.
+        return (
+            data_util.simclr_augmentation(
+                settings.image_size,
+                jitter_probability=0.0,
+                grayscale_probability=0.0,
+                blur_probability=0.0,
+            ),
+        )
+    overrides = {
+        name: getattr(settings, name)
+        for name in AUGMENTATION_OVERRIDES
+        if getattr(settings, name) is not None
+    }
+    for name in set(overrides) & set(AUGMENTATION_RANGES):
+        overrides[name] = tuple(float(x) for x in overrides[name])
+    if settings.sym_aug:
+        # The mean of BYOL's two: equal in accuracy (its table 17).
+        symmetric = {"blur_probability": 0.5, "solarize_probability": 0.2}
+        overrides = symmetric | overrides
+    large = {
+        "mask_probability": _mask_probability(settings),
+        "mask_fill": settings.mask_fill,
+    } | overrides
+    small = overrides | {
+        "crop_area": tuple(float(x) for x in settings.small_crop_area)
+    }
+    return (
+        *(
+            _make_view(settings, settings.image_size, view % 2, large)
+            for view in range(settings.num_large_views)
+        ),
+        *(
+            _make_view(settings, settings.small_image_size, 1, small)
+            for _ in range(settings.num_small_views)
+        ),
+    )
+
+
+def _make_view(
+    settings: Settings, size: int, side: int, overrides: dict[str, Any]
+) -> data_util.Augmentation:
+    """Returns a view; `side` 0 or 1, where they differ."""
+    if settings.augmentation == "byol":
+        return data_util.byol_augmentation(size, view=side, **overrides)
+    if settings.augmentation == "relic_pytorch":
+        is_small = size != settings.image_size
+        return data_util.relic_pytorch_augmentation(
+            size, solarize=not is_small, **overrides
+        )
+    return data_util.simclr_augmentation(
+        size,
+        strength=settings.color_jitter_strength,
+        use_blur=settings.use_blur,
+        **overrides,
+    )
+
+
+def _mask_probability(settings: Settings) -> float:
+    """Returns it, 0 where there is no source of masks."""
+    if settings.mask_dir or settings.saliency:
+        return settings.mask_probability
+    return 0.0
+
+
+def make_train_config(
+    settings: Settings,
+    dataset: data.Dataset,
+    num_replicas: int,
+    labelled_ids: np.ndarray | None = None,
+) -> trainer.TrainConfig:
+    """Returns what the training loop needs, with all counts in steps."""
+    num_examples = dataset.num_examples
+    labelled = None
+    if labelled_ids is not None:
+        labelled = np.zeros(num_examples, bool)
+        labelled[labelled_ids] = True
+    batch_size = settings.train_batch_size
+    if batch_size % num_replicas:
+        raise ValueError(
+            f"--train_batch_size={batch_size} does not divide among "
+            f"{num_replicas} replicas."
+        )
+    epoch_steps = max(1, round(num_examples / batch_size))
+    train_steps = settings.train_steps or schedules.train_steps(
+        num_examples, settings.train_epochs, batch_size
+    )
+    warmup_steps = schedules.warmup_steps(
+        num_examples, settings.warmup_epochs, batch_size
+    )
+    if settings.train_mode == "pretrain" and warmup_steps >= train_steps:
+        logging.warning(
+            "The warm-up of %d steps is longer than training (%d steps): the "
+            "learning rate stays below its peak.",
+            warmup_steps,
+            train_steps,
+        )
+    method = methods.METHODS[settings.objective]
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(trainer.TrainConfig)
+        if hasattr(settings, field.name)
+    }
+    values |= {
+        "hyperparameters": {
+            argument: getattr(settings, flag)
+            for argument, flag in method.arguments.items()
+        },
+        "gradient_penalty_weight": settings.gradient_penalty_weight or 0.0,
+        "views": make_views(settings),
+        "copy_target_until": settings.update_gamma_after_step,
+        "target_update_steps": settings.update_gamma_every_n_steps,
+        "num_classes": dataset.num_classes,
+        "labelled": labelled,
+        "batch_size": batch_size,
+        "num_examples": num_examples,
+        "train_steps": train_steps,
+        "warmup_steps": warmup_steps,
+        "peak_learning_rate": schedules.scaled_learning_rate(
+            settings.learning_rate, batch_size, settings.learning_rate_scaling
+        ),
+        "checkpoint_steps": settings.checkpoint_steps
+        or settings.checkpoint_epochs * epoch_steps,
+        "summary_steps": settings.train_summary_steps,
+        # Compiled by XLA, convolutions are slower on a CPU, chains of pointwise
+        # operations several times faster.
+        "jit_augmentation": not devices.has_gpu() and not settings.use_tpu,
+    }
+    return trainer.TrainConfig(**values)
+
+
+def _commit() -> str | None:
+    """Returns the commit of this program's own repository, if it has one."""
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=_HERE,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
