@@ -4,9 +4,11 @@
 Position `p` of a stream is row `p % batch_size` of step `p // batch_size`, in
 epoch `p // num_examples`. What stands there depends on the seed and the epoch
 alone, so resuming at a step is arithmetic, and 1, 2 or 4 replicas see the same
-global batches.
+global batches. Where some rows of each batch are reserved for labelled
+examples, these and the rest have positions, and epochs, of their own.
 """
 
+import concurrent.futures
 import dataclasses
 import math
 import os
@@ -18,13 +20,15 @@ import tensorflow as tf
 from absl import logging
 
 import data_util
+import saliency as saliency_lib
 import sources
 from sources import Arrays, Dataset, Files, Records
 
 _FOREVER = 1 << 30  # steps
 _CHUNK = 8  # examples decoded by one call
-# What a random permutation is for: the two never share a seed.
-_EXAMPLE_ORDER, _SHARD_ORDER = 0, 1
+_SALIENCY_CHUNK = 256  # examples whose masks are estimated by one call
+# What a random permutation is for: no two ever share a seed.
+_EXAMPLE_ORDER, _SHARD_ORDER, _LABELLED_ORDER = range(3)
 
 
 def load(
@@ -34,6 +38,8 @@ def load(
     data_dir: str | None = None,
     channels: int | None = None,
     memory_limit: int = 4 << 30,
+    mask_dir: str | None = None,
+    saliency: str | None = None,
 ) -> Dataset:
     """Opens one split of a dataset; decodes it if it is small.
 
@@ -55,10 +61,17 @@ def load(
             (3 for a folder).
         memory_limit: bytes. Images of one size, at most 128 pixels a side,
             that fit in it are decoded now and held in memory.
+        mask_dir: folder of masks, for the removal of backgrounds: PNG, of
+            which 128 and more is foreground, named by `sources.find_masks`.
+            Images without a mask, and images whose mask is implausible (see
+            `saliency.is_plausible`), stay whole.
+        saliency: name in `saliency.ESTIMATORS`: masks are estimated, of
+            images in memory now, of others as they are read.
 
     Raises:
-        ValueError: if there is no such dataset, split, folder or image, or it
-            cannot be prepared or decoded to `channels`.
+        ValueError: if there is no such dataset, split, folder, image,
+            estimator or mask, or it cannot be prepared or decoded to
+            `channels`.
     """
     path = os.path.expanduser(name)
     is_tfds = sources.is_tfds_folder(path)
@@ -82,6 +95,8 @@ def load(
             f"channels={channels}."
         )
     dataset = dataclasses.replace(dataset, name=name)
+    if mask_dir or saliency:
+        dataset = _with_masks(dataset, mask_dir, saliency)
     logging.info("%s", describe(dataset))
     return dataset
 
@@ -103,6 +118,85 @@ def describe(dataset: Dataset) -> str:
     if lost:
         notes.append(f"{len(lost)} did not decode: {sources.some(lost)}")
     return "\n  ".join([", ".join(facts), *notes])
+
+
+def subset(dataset: Dataset, ids: Sequence[int] | np.ndarray) -> Dataset:
+    """Returns a dataset of only some examples, under the ids they have.
+
+    Of TFRecords, streams go on reading all that precedes the last of these in
+    each shard that holds one of them.
+
+    Args:
+        dataset: what `load` returned, or a subset of it.
+        ids: integers, in any order; repeated ones count once.
+
+    Raises:
+        ValueError: if there are no ids, or some are none of the dataset's.
+    """
+    chosen = np.unique(np.asarray(ids, np.int64))
+    _check_ids(dataset, "ids", chosen)
+    note = f"{len(chosen):,} of {dataset.num_examples:,} examples"
+    return dataclasses.replace(
+        dataset,
+        ids=chosen,
+        num_examples=len(chosen),
+        notes=(*dataset.notes, note),
+        undecodable=set(),
+    )
+
+
+def _check_ids(dataset: Dataset, name: str, ids: np.ndarray) -> None:
+    """Raises a ValueError unless `ids` are some of those of the dataset."""
+    unknown = np.setdiff1d(ids, dataset.example_ids)
+    if len(unknown) or not len(ids):
+        raise ValueError(
+            f"`{name}` must be ids of examples of {dataset.name!r}, "
+            f"{dataset.split!r}, and at least one. Received: {len(ids)} ids, "
+            f"{len(unknown)} unknown: {sources.some(list(map(str, unknown)))}."
+        )
+
+
+def _with_masks(
+    dataset: Dataset, mask_dir: str | None, estimator: str | None
+) -> Dataset:
+    """Returns the dataset with masks from files or of an estimator."""
+    estimators = saliency_lib.ESTIMATORS
+    if mask_dir and estimator:
+        raise ValueError(
+            "Masks are either read or estimated. Received: "
+            f"mask_dir={mask_dir!r}, saliency={estimator!r}."
+        )
+    if estimator and estimator not in estimators:
+        raise ValueError(
+            f"`saliency` must be one of {', '.join(estimators)}. Received: "
+            f"{estimator!r}."
+        )
+    if mask_dir:
+        files = sources.find_masks(dataset, mask_dir)
+        kind, missing = "read", files.count("")
+    else:
+        files, kind, missing = [], f"by {estimator!r}", 0
+    masks: Any
+    if isinstance(dataset.source, Arrays):
+        images = dataset.source.images
+        if mask_dir:
+            masks = _read_masks(files, images.shape[1:3])
+        else:
+            masks = _estimate_masks(images, estimators[estimator])
+        whole = saliency_lib.whole_if_implausible(masks).numpy()
+        implausible = int(np.any(masks != whole, axis=(1, 2)).sum())
+        masks = whole
+        note = f"{len(masks) - missing:,}, {implausible:,} implausible"
+    else:
+        masks = (
+            _mask_reader(files)
+            if mask_dir
+            else _mask_estimator(estimators[estimator])
+        )
+        note = f"{dataset.num_examples - missing:,}, implausible ones not known"
+    note = f"masks, {kind}: {note} and {missing:,} missing; those images stay"
+    notes = (*dataset.notes, f"{note} whole")
+    return dataclasses.replace(dataset, masks=masks, notes=notes)
 
 
 def train_stream(

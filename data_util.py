@@ -22,6 +22,7 @@ from typing import Any
 import tensorflow as tf
 
 BRIGHTNESS_MODES = ("multiplicative", "additive")
+MASK_FILLS = ("zero", "mean", "noise")
 
 # A box is rejected in about 6 % of the attempts with SimCLR's settings (no
 # more than 20 % for panoramas), so that 16 all fail for fewer than one in
@@ -40,9 +41,11 @@ _CROP_ATTEMPTS = 16
     _BLUR,
     _BLUR_SIGMA,
     _SOLARIZE,
-) = range(10)
+    _MASK,
+) = range(11)
 _ORDER = 16  # + the number of the colour operation
 _CROP = 32  # + 4 numbers an attempt; all above are drawn together
+_NOISE = 128  # + the number of the value in the image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,10 @@ class Augmentation:
         blur_sigma: smallest and largest standard deviation of the Gaussian,
             in pixels.
         solarize_probability: of inverting the values of 0.5 and more.
+        mask_probability: of removing the background, before all else; not
+            part of `augment`, which sees no mask: see `saliency.py`.
+        mask_fill: what stands in its place: "zero" (black, ReLICv2), "mean"
+            (the mean of each channel of the image) or "noise" (uniform).
 
     Raises:
         ValueError: if a value is out of its range.
@@ -97,6 +104,8 @@ class Augmentation:
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_probability: float = 0.0
+    mask_probability: float = 0.0
+    mask_fill: str = "zero"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -105,6 +114,11 @@ class Augmentation:
             raise ValueError(
                 f"`brightness_mode` must be one of {BRIGHTNESS_MODES}. "
                 f"Received: {self.brightness_mode!r}"
+            )
+        if self.mask_fill not in MASK_FILLS:
+            raise ValueError(
+                f"`mask_fill` must be one of {MASK_FILLS}. "
+                f"Received: {self.mask_fill!r}"
             )
         limits = {"brightness": float("inf"), "hue": 0.5}
         for field in dataclasses.fields(self):
@@ -256,6 +270,36 @@ def uniform(
     bits = _hash(keys + _to_uint32(draw) * 0x9E3779B9)
     unit = tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24
     return low + unit * (high - low)
+
+
+def removes_background(
+    keys: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns which views lose the background of their image.
+
+    Args:
+        keys: uint32 `[batch]` of `example_keys`.
+        augmentation: gives `mask_probability`.
+
+    Returns:
+        bool `[batch]`.
+    """
+    return uniform(keys, _MASK) < augmentation.mask_probability
+
+
+def noise(keys: tf.Tensor, shape: Any) -> tf.Tensor:
+    """Returns images of independent, uniformly distributed values.
+
+    Args:
+        keys: uint32 `[batch]` of `example_keys`.
+        shape: integers `[4]`: batch, height, width, channels.
+
+    Returns:
+        uint8 of this shape.
+    """
+    values = tf.range(tf.reduce_prod(shape[1:]))
+    x = uniform(keys[:, tf.newaxis], _NOISE + values, 0.0, 256.0)
+    return tf.reshape(tf.cast(x, tf.uint8), shape)
 
 
 def _hash(x: tf.Tensor) -> tf.Tensor:
@@ -813,6 +857,7 @@ def decode_crop(
     key: tf.Tensor,
     augmentation: Augmentation,
     channels: int = 3,
+    remove_background: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """Returns a random crop of an encoded image, resized; nothing else.
 
@@ -824,6 +869,9 @@ def decode_crop(
         key: uint32 scalar of `example_keys`.
         augmentation: gives the limits of the crop and the size.
         channels: 1 or 3.
+        remove_background: function of the whole image, uint8 `[height, width,
+            channels]`, that returns another; called, before the crop, where
+            `removes_background(key)` holds.
 
     Returns:
         uint8 `[size, size, channels]`.
@@ -833,7 +881,17 @@ def decode_crop(
         keys = key[tf.newaxis]
         return random_crop_boxes(keys, height, width, augmentation)[0]
 
-    image = _decode_box(encoded, random_box, channels)
+    def decode(edit: Callable | None = None) -> tf.Tensor:
+        return _decode_box(encoded, random_box, channels, edit)
+
+    if remove_background is None:
+        image = decode()
+    else:
+        image = tf.cond(
+            removes_background(key, augmentation),
+            lambda: decode(remove_background),
+            decode,
+        )
     return _resize_bytes(image, augmentation.size, channels)
 
 
@@ -866,8 +924,12 @@ def _decode_box(
     encoded: tf.Tensor,
     choose_box: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     channels: int,
+    edit: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tf.Tensor:
-    """Decodes the part of an image that `choose_box(height, width)` names."""
+    """Decodes the part of an image that `choose_box(height, width)` names.
+
+    `edit`, if any, maps the whole image to another before that.
+    """
 
     def decode_part() -> tf.Tensor:
         shape = tf.io.extract_jpeg_shape(encoded)
@@ -876,10 +938,14 @@ def _decode_box(
 
     def decode_whole() -> tf.Tensor:
         image = tf.io.decode_image(encoded, channels, expand_animations=False)
+        if edit is not None:
+            image = edit(image)
         shape = tf.shape(image)
         box = choose_box(shape[0], shape[1])
         return tf.image.crop_to_bounding_box(image, *tf.unstack(box))
 
+    if edit is not None:
+        return decode_whole()
     return tf.cond(tf.io.is_jpeg(encoded), decode_part, decode_whole)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +97,13 @@ class Dataset:
         source: where the examples are. The id of an example is its number in
             this split, in `[0, num_examples)`, whatever the storage.
         num_examples: examples, > 0.
+        ids: int64 `[num_examples]`, ascending, where these are only some of
+            the examples of `source`; None: all. They keep their ids.
+        file_names: of each example of `source`, relative to the folder; ()
+            where the source is no folder of images.
+        masks: what is foreground, 1, and background, 0, if that is known: of
+            arrays uint8 `[N, H, W]`; else a function of an image, uint8
+            `[h, w, c]`, and its id, that returns uint8 `[h, w]`.
         class_names: one name a label; () where there are no labels.
         channels: channels of the images that streams yield.
         image_size: `(height, width)`, or None where sizes vary.
@@ -113,6 +120,11 @@ class Dataset:
     class_names: tuple[str, ...]
     channels: int
     image_size: tuple[int, int] | None
+    ids: np.ndarray | None = None
+    file_names: tuple[str, ...] = ()
+    masks: np.ndarray | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = (
+        None
+    )
     notes: tuple[str, ...] = ()
     undecodable: set[str] = dataclasses.field(default_factory=set)
 
@@ -120,6 +132,11 @@ class Dataset:
     def num_classes(self) -> int:
         """Number of classes; 0 where there are no labels."""
         return len(self.class_names)
+
+    @property
+    def example_ids(self) -> np.ndarray:
+        """Ids of the examples, int64 `[num_examples]`, ascending."""
+        return np.arange(self.num_examples) if self.ids is None else self.ids
 
     @property
     def is_encoded(self) -> bool:
@@ -151,6 +168,40 @@ def some(names: Sequence[str], shown: int = 5) -> str:
     """Returns the first few of `names`, and how many more there are."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
+
+
+def find_masks(dataset: Dataset, mask_dir: str) -> list[str]:
+    """Returns the file of each example's mask, by id; "" where there is none.
+
+    Args:
+        dataset: all of a split.
+        mask_dir: folder of PNG files. That of `dogs/rex.jpg`, in a folder of
+            images, is `dogs/rex.png`. Otherwise, and where that is missing,
+            it is `{id}.png`.
+
+    Raises:
+        ValueError: if not one is there.
+    """
+    found = {
+        os.path.relpath(os.path.join(folder, name), mask_dir)
+        for folder, _, names in tf.io.gfile.walk(mask_dir)
+        for name in names
+    }
+    files = []
+    for example_id in range(dataset.num_examples):
+        names = [f"{example_id}.png"]
+        if dataset.file_names:
+            stem, _ = os.path.splitext(dataset.file_names[example_id])
+            names.insert(0, f"{stem}.png")
+        name = next(filter(found.__contains__, names), None)
+        files.append(os.path.join(mask_dir, name) if name else "")
+    if not any(files):
+        raise ValueError(
+            f"There are no masks of {dataset.name!r}, {dataset.split!r}, in "
+            f"{os.path.abspath(mask_dir)!r}; the last one looked for is "
+            f"{' or '.join(names)}. Files there: {some(sorted(found))}."
+        )
+    return files
 
 
 def _select(split: str, sizes: dict[str, int], name: str) -> np.ndarray:
@@ -207,6 +258,7 @@ def _from_arrays(
     labels: np.ndarray,
     class_names: Sequence[str],
     notes: Sequence[str] = (),
+    file_names: Sequence[str] = (),
 ) -> Dataset:
     """Returns a dataset of arrays, uint8 `[N, H, W, C]` and integer `[N]`."""
     num_examples, height, width, channels = images.shape
@@ -218,6 +270,7 @@ def _from_arrays(
         class_names=tuple(class_names) if labels.max() >= 0 else (),
         channels=channels,
         image_size=(height, width),
+        file_names=tuple(file_names),
         notes=tuple(notes),
     )
 
@@ -421,7 +474,9 @@ def open_folder(
                 lambda path: _decode(tf.io.read_file(path), channels), paths
             )
             images = np.stack(list(decoded))
-        return _from_arrays(root, split, images, labels, class_names, notes)
+        return _from_arrays(
+            root, split, images, labels, class_names, notes, list(headers)
+        )
     return Dataset(
         name=root,
         split=split,
@@ -430,6 +485,7 @@ def open_folder(
         class_names=tuple(class_names) if labels.max() >= 0 else (),
         channels=channels,
         image_size=size,
+        file_names=tuple(headers),
         notes=tuple(notes),
     )
 
