@@ -178,13 +178,17 @@ def write_run(directory: str, run: dict[str, Any]) -> None:
     tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
 
 
+def run_directory(path: str) -> str:
+    """Returns the run directory that a checkpoint's path names or is in."""
+    return path if tf.io.gfile.isdir(path) else os.path.dirname(path)
+
+
 def read_run(path: str) -> dict[str, Any] | None:
     """Returns the `run.json` of a run directory or checkpoint prefix.
 
     Returns None where there is no such file.
     """
-    directory = path if tf.io.gfile.isdir(path) else os.path.dirname(path)
-    file_name = os.path.join(directory, _RUN_FILE)
+    file_name = os.path.join(run_directory(path), _RUN_FILE)
     if not tf.io.gfile.exists(file_name):
         return None
     with tf.io.gfile.GFile(file_name) as file:

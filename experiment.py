@@ -26,6 +26,7 @@ import checkpoint as checkpoint_lib
 import data
 import data_util
 import devices
+import labelled
 import methods
 import model
 import reporting
@@ -90,7 +91,7 @@ class Run:
         if settings.jit_compile is None:
             alone = self.strategy.num_replicas_in_sync == 1
             settings.jit_compile = alone and devices.has_gpu()
-        self.train_data = self._load(settings.train_split)
+        self.train_data = self._load_train_data()
         self._settle()
         self.architecture = make_architecture(
             settings, self.train_data.num_classes
@@ -115,12 +116,13 @@ class Run:
         if settings.mixed_precision:
             keras.mixed_precision.set_global_policy("mixed_bfloat16")
 
-    def _load(self, split: str) -> data.Dataset:
+    def _load(self, split: str, **masks: str | None) -> data.Dataset:
         return data.load(
             self.settings.dataset,
             split,
             data_dir=self.settings.data_dir,
             channels=self.settings.channels,
+            **masks,
         )
 
     @functools.cached_property
@@ -132,6 +134,56 @@ class Run:
             return self._load("test")
         except ValueError:
             return self._load("validation")
+
+    @functools.cached_property
+    def labelled_ids(self) -> np.ndarray | None:
+        """Ids of the images whose labels pretraining may see; None: all.
+
+        Raises:
+            ValueError: if more than one flag chooses them, or none is there.
+        """
+        settings = self.settings
+        flags = ("labelled_fraction", "labels_per_class", "labelled_file")
+        given = [name for name in flags if getattr(settings, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"--{' and --'.join(given)} both choose labelled images."
+            )
+        if settings.train_mode == "finetune" or not given:
+            return None
+        if settings.labelled_file:
+            ids = labelled.from_file(self.train_data, settings.labelled_file)
+        else:
+            ids = labelled.choose(
+                self.train_data,
+                fraction=settings.labelled_fraction,
+                per_class=settings.labels_per_class,
+                seed=settings.seed,
+            )
+        logging.info(
+            "Labels of %d of %d images are seen.",
+            len(ids),
+            self.train_data.num_examples,
+        )
+        return ids
+
+    def _load_train_data(self) -> data.Dataset:
+        """Loads the training split, or what the flags make of it."""
+        settings = self.settings
+        dataset = self._load(
+            settings.train_split,
+            mask_dir=settings.mask_dir,
+            saliency=settings.saliency,
+        )
+        if settings.objective == "semppl" and not dataset.num_classes:
+            raise ValueError(
+                f"SemPPL needs some labels; {settings.dataset} "
+                f"{settings.train_split} has none."
+            )
+        if settings.train_on_labelled and settings.checkpoint:
+            ids = labelled.read(checkpoint_lib.run_directory(settings.checkpoint))
+            dataset = data.subset(dataset, ids)
+        return dataset
 
     def _settle(self) -> None:
         """Takes what flags leave open from the data."""
@@ -241,6 +293,8 @@ class Run:
         if before and tf.train.latest_checkpoint(settings.model_dir):
             _compare_runs(settings.model_dir, before, now)
         checkpoint_lib.write_run(settings.model_dir, now)
+        if self.labelled_ids is not None:
+            labelled.write(settings.model_dir, self.labelled_ids)
 
 
 def _compare_runs(
@@ -395,10 +449,10 @@ def make_train_config(
 ) -> trainer.TrainConfig:
     """Returns what the training loop needs, with all counts in steps."""
     num_examples = dataset.num_examples
-    labelled = None
+    is_labelled = None
     if labelled_ids is not None:
-        labelled = np.zeros(num_examples, bool)
-        labelled[labelled_ids] = True
+        is_labelled = np.zeros(num_examples, bool)
+        is_labelled[labelled_ids] = True
     batch_size = settings.train_batch_size
     if batch_size % num_replicas:
         raise ValueError(
@@ -435,7 +489,7 @@ def make_train_config(
         "copy_target_until": settings.update_gamma_after_step,
         "target_update_steps": settings.update_gamma_every_n_steps,
         "num_classes": dataset.num_classes,
-        "labelled": labelled,
+        "labelled": is_labelled,
         "batch_size": batch_size,
         "num_examples": num_examples,
         "train_steps": train_steps,

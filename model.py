@@ -409,6 +409,7 @@ class Networks:
 
         BatchNorm is in training mode, as in BYOL's code.
         """
+        assert self.target_encoder and self.target_projection
         features = self.target_encoder(self._normalized(images), training=True)
         projection = self.target_projection(features, training=True)[-1]
         return tf.stop_gradient(projection)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl import logging
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -18,6 +19,7 @@ import data_util
 _BATCH_SIZE = 256
 # Inverse strengths of L2, from which held-out training examples choose.
 _INVERSE_L2 = (1e-3, 1e-2, 1e-1)
+_FEW_LABELS_INVERSE_L2 = 0.1
 _HELD_OUT_SHARE = 0.2
 _MAX_TRAIN_EXAMPLES = 5_000
 # More steps change the accuracies by less than 1 % here, and overfit pixels.
@@ -96,6 +98,73 @@ def linear_accuracy(
 
     best = max(_INVERSE_L2, key=held_out_accuracy)
     return float(fit(order, best).score(*test))
+
+
+def few_label_accuracy(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    labels_per_class: int,
+    seeds: int = 5,
+) -> float:
+    """Returns the mean test accuracy with a few labels of each class.
+
+    Logistic regression on standardised features, with a fixed L2 strength:
+    there are no labels to choose it by. The scale of the features is that of
+    all training images, which needs no labels.
+
+    Args:
+        train: features `[N, d]` and labels `[N]`.
+        test: the same.
+        labels_per_class: training labels, > 0.
+        seeds: draws of training labels to average over.
+
+    Returns:
+        Accuracy in [0, 1].
+    """
+    scaler = StandardScaler().fit(train[0])
+    test_features = scaler.transform(test[0])
+    accuracies = []
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(train[0]))
+        rows = np.concatenate(
+            [
+                order[train[1][order] == label][:labels_per_class]
+                for label in np.unique(train[1])
+            ]
+        )
+        classifier = LogisticRegression(C=_FEW_LABELS_INVERSE_L2, max_iter=200)
+        classifier.fit(scaler.transform(train[0][rows]), train[1][rows])
+        accuracies.append(classifier.score(test_features, test[1]))
+    return float(np.mean(accuracies))
+
+
+def knn_accuracy(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Returns the test accuracy of weighted nearest neighbours.
+
+    By cosine; a neighbour's vote weighs `exp(cosine / temperature)`.
+
+    Source: Wu et al., arXiv:1805.01978, section 3.4.
+
+    Args:
+        train: features `[N, d]` and labels `[N]`.
+        test: the same.
+        k: neighbours, at most N.
+        temperature: of the weights, > 0.
+
+    Returns:
+        Accuracy in [0, 1].
+    """
+    classifier = KNeighborsClassifier(
+        k,
+        metric="cosine",
+        weights=lambda distance: np.exp((1.0 - distance) / temperature),
+    )
+    return float(classifier.fit(*train).score(*test))
 
 
 def compare(

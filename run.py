@@ -957,12 +957,17 @@ def _train(run: Run) -> Callable[[], None]:
                 f"{of_target}projection": run.networks.projection,
             },
         )
+    labelled_per_batch = round(
+        settings.labelled_batch_share * config.batch_size
+    )
     make_stream = functools.partial(
         data.train_stream,
         run.train_data,
         batch_size=config.batch_size,
         seed=config.seed,
         views=config.views,
+        labelled_ids=run.labelled_ids if labelled_per_batch else None,
+        labelled_per_batch=labelled_per_batch,
     )
     reporter = reporting.Reporter(
         settings.model_dir,
@@ -1084,3 +1089,7 @@ class _Signals:
             signal.default_int_handler(number, None)
         _Signals.received = number
         logging.warning("Signal %d: saving after this call ...", number)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -18,6 +18,7 @@ import numpy as np
 import data
 import data_util
 import devices
+import methods
 import model
 import trainer
 

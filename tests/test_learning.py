@@ -8,10 +8,10 @@ from absl.testing import flagsaver
 
 import checkpoint
 import data
+import methods
 import model
 import probe
 import run
-import trainer
 
 
 def _cifar10(split):

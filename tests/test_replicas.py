@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-import trainer
+import methods
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 _CASES = [f"{name}:momentum" for name in methods.METHODS]

@@ -12,6 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoint
+import methods
 import run
 import trainer
 

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing import (
     plugin_event_accumulator as event_accumulator,
 )
 
+import methods
 import run
-import trainer
 
 _ROOT = pathlib.Path(run.__file__).parent
 _SMALL = [
