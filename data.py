@@ -8,7 +8,6 @@ global batches. Where some rows of each batch are reserved for labelled
 examples, these and the rest have positions, and epochs, of their own.
 """
 
-import concurrent.futures
 import dataclasses
 import math
 import os
@@ -26,9 +25,12 @@ from sources import Arrays, Dataset, Files, Records
 
 _FOREVER = 1 << 30  # steps
 _CHUNK = 8  # examples decoded by one call
-_SALIENCY_CHUNK = 256  # examples whose masks are estimated by one call
+_MASK_CHUNK = 256  # examples whose masks are made by one call
 # What a random permutation is for: no two ever share a seed.
 _EXAMPLE_ORDER, _SHARD_ORDER, _LABELLED_ORDER = range(3)
+
+# From images, uint8 `[b, h, w, c]`, and their ids to masks, uint8 `[b, h, w]`.
+_MaskFunction = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def load(
@@ -160,43 +162,75 @@ def _with_masks(
     dataset: Dataset, mask_dir: str | None, estimator: str | None
 ) -> Dataset:
     """Returns the dataset with masks from files or of an estimator."""
-    estimators = saliency_lib.ESTIMATORS
     if mask_dir and estimator:
         raise ValueError(
             "Masks are either read or estimated. Received: "
             f"mask_dir={mask_dir!r}, saliency={estimator!r}."
         )
-    if estimator and estimator not in estimators:
-        raise ValueError(
-            f"`saliency` must be one of {', '.join(estimators)}. Received: "
-            f"{estimator!r}."
-        )
     if mask_dir:
         files = sources.find_masks(dataset, mask_dir)
-        kind, missing = "read", files.count("")
+        known, masks = len(files) - files.count(""), _mask_reader(files)
     else:
-        files, kind, missing = [], f"by {estimator!r}", 0
-    masks: Any
+        known, masks = dataset.num_examples, _mask_estimator(str(estimator))
+    counts = f"{known:,}"
     if isinstance(dataset.source, Arrays):
-        images = dataset.source.images
-        if mask_dir:
-            masks = _read_masks(files, images.shape[1:3])
-        else:
-            masks = _estimate_masks(images, estimators[estimator])
-        whole = saliency_lib.whole_if_implausible(masks).numpy()
-        implausible = int(np.any(masks != whole, axis=(1, 2)).sum())
-        masks = whole
-        note = f"{len(masks) - missing:,}, {implausible:,} implausible"
-    else:
-        masks = (
-            _mask_reader(files)
-            if mask_dir
-            else _mask_estimator(estimators[estimator])
-        )
-        note = f"{dataset.num_examples - missing:,}, implausible ones not known"
-    note = f"masks, {kind}: {note} and {missing:,} missing; those images stay"
-    notes = (*dataset.notes, f"{note} whole")
+        found = _chunk_by_chunk(masks, dataset.source.images)
+        masks = saliency_lib.whole_if_implausible(found).numpy()
+        # Where there is no mask, `found` is whole.
+        implausible = np.sum(np.any(masks != found, axis=(1, 2)))
+        counts += f", {implausible:,} implausible"
+    missing = dataset.num_examples - known
+    note = f"masks: {counts} and {missing:,} missing, those images stay whole"
+    notes = (*dataset.notes, note)
     return dataclasses.replace(dataset, masks=masks, notes=notes)
+
+
+def _mask_reader(files: Sequence[str]) -> _MaskFunction:
+    """Returns a function that reads masks, whole where the file is ""."""
+    # On the host, held by reference: there may be millions.
+    with tf.device("CPU:0"):
+        all_files = tf.constant(files)
+
+    def read(images: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+        size = tf.shape(images)[1:3]
+
+        def read_one(file: tf.Tensor) -> tf.Tensor:
+            return tf.cond(
+                tf.equal(file, ""),
+                lambda: tf.ones(size, tf.uint8),
+                lambda: saliency_lib.decode_mask(tf.io.read_file(file), size),
+            )
+
+        spec = tf.TensorSpec((None, None), tf.uint8)
+        chosen = tf.gather(all_files, ids)
+        return tf.map_fn(read_one, chosen, fn_output_signature=spec)
+
+    return read
+
+
+def _mask_estimator(name: str) -> _MaskFunction:
+    """Returns a function that estimates masks."""
+    estimators = saliency_lib.ESTIMATORS
+    if name not in estimators:
+        raise ValueError(
+            f"`saliency` must be one of {', '.join(estimators)}. Received: "
+            f"{name!r}."
+        )
+    return lambda images, _: saliency_lib.foreground(estimators[name](images))
+
+
+def _chunk_by_chunk(masks: _MaskFunction, images: np.ndarray) -> np.ndarray:
+    """Returns what `masks` gives for all images, uint8 `[N, h, w]`."""
+    found = np.empty(images.shape[:3], np.uint8)
+    function = tf.function(masks, autograph=False, reduce_retracing=True)
+    with tf.device("CPU:0"):
+        for start in range(0, len(images), _MASK_CHUNK):
+            chunk = images[start : start + _MASK_CHUNK]
+            ids = tf.range(start, start + len(chunk))
+            found[start : start + len(chunk)] = function(
+                tf.constant(chunk), ids
+            )
+    return found
 
 
 def train_stream(
@@ -210,6 +244,8 @@ def train_stream(
     num_replicas: int = 1,
     pipeline_index: int = 0,
     num_pipelines: int = 1,
+    labelled_ids: Sequence[int] | np.ndarray | None = None,
+    labelled_per_batch: int = 0,
 ) -> tf.data.Dataset:
     """Returns shuffled batches of one replica, epoch after epoch.
 
@@ -230,6 +266,11 @@ def train_stream(
         num_replicas: replicas of all hosts together.
         pipeline_index: which host this is, in `[0, num_pipelines)`.
         num_pipelines: hosts.
+        labelled_ids: ids of which every batch is to hold so many, arrays and
+            image files only. They and the other examples are then shuffled,
+            and have epochs, separately.
+        labelled_per_batch: how many, L, of all replicas together: the first
+            `L / num_replicas` rows of each replica. 0 without `labelled_ids`.
 
     Returns:
         Dictionaries, with `b = batch_size / num_replicas`, of
@@ -238,14 +279,19 @@ def train_stream(
         - `weight` float32 `[b]`: 0 for an image that did not decode, else 1;
         - `image` uint8 `[b, H, W, C]`, whole; or, where the dataset is
           encoded, `crops` uint8 `[b, V, S, S, C]`, or a tuple of
-          `[b, S, S, C]` where the views differ in size.
+          `[b, S, S, C]` where the views differ in size;
+        - `mask` uint8 `[b, H, W]`, 0 for background, beside `image`, if some
+          view has a `mask_probability`. Of crops, the background has been
+          removed.
 
         Element `j` belongs to replica `j % R` of step `first_step + j // R`,
         of the `R` replicas of this host.
 
     Raises:
-        ValueError: if the batch does not divide among the replicas or exceeds
-            the dataset, or if an encoded dataset is given no views.
+        ValueError: if the batch, or its labelled part, does not divide among
+            the replicas or exceeds the examples; if an encoded dataset is
+            given no views, or a view is to be masked and the dataset has no
+            masks; if labelled examples are asked for of TFRecords.
     """
     if batch_size > dataset.num_examples:
         raise ValueError(
@@ -259,21 +305,93 @@ def train_stream(
             "must name an augmentation for each crop. Received: views=()."
         )
 
+    is_masked = any(view.mask_probability for view in views)
+    if is_masked and dataset.masks is None:
+        raise ValueError(
+            "A view with a `mask_probability` needs masks: `mask_dir` or "
+            f"`saliency` of `load`. Received: {dataset.name!r}, without."
+        )
+
     def crop(encoded: tf.Tensor, row: dict[str, tf.Tensor]) -> dict:
         epoch, ids = row["epoch"], row["id"][tf.newaxis]
         crops = []
         for index, view in enumerate(views):
-            key = data_util.example_keys(seed, epoch, ids, index)[0]
-            crops.append(
-                data_util.decode_crop(encoded, key, view, dataset.channels)
-            )
+            keys = data_util.example_keys(seed, epoch, ids, index)
+            args = [encoded, keys[0], view, dataset.channels]
+            if view.mask_probability:
+                args.append(_background_remover(dataset, ids, keys, view))
+            crops.append(data_util.decode_crop(*args))
         same_size = len({view.size for view in views}) == 1
         return {"crops": tf.stack(crops) if same_size else tuple(crops)}
 
     num_steps = _FOREVER if num_steps is None else num_steps
     layout = batch_size, num_replicas, pipeline_index, num_pipelines
-    plan = _Plan(dataset.num_examples, *layout, seed, first_step, num_steps)
-    return _stream(dataset, plan, crop)
+    steps = seed, first_step, num_steps
+    plan = _Plan(dataset.num_examples, *layout, *steps, dataset.ids)
+    if labelled_ids is not None or labelled_per_batch:
+        plan = _with_labelled(dataset, plan, labelled_ids, labelled_per_batch)
+    return _stream(dataset, plan, crop, is_masked)
+
+
+def _background_remover(
+    dataset: Dataset,
+    ids: tf.Tensor,
+    keys: tf.Tensor,
+    view: data_util.Augmentation,
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns what removes the background of an encoded image, once decoded.
+
+    `ids` int64 and `keys` uint32, `[1]`, are those of the example.
+    """
+
+    def remove(image: tf.Tensor) -> tf.Tensor:
+        images = tf.ensure_shape(image, [None, None, dataset.channels])
+        images = images[tf.newaxis]
+        masks = saliency_lib.whole_if_implausible(dataset.masks(images, ids))
+        return saliency_lib.remove_background(images, masks, keys, view)[0]
+
+    return remove
+
+
+def _with_labelled(
+    dataset: Dataset,
+    plan: "_Plan",
+    labelled_ids: Sequence[int] | np.ndarray | None,
+    labelled_per_batch: int,
+) -> "_Plan":
+    """Returns the plan, with so many labelled examples in every batch."""
+    if isinstance(dataset.source, Records):
+        raise ValueError(
+            "TFRecords are read from their start, so labelled examples cannot "
+            f"be drawn from them. Received: {dataset.name!r}; a folder of "
+            "image files can be used."
+        )
+    labelled = np.unique(
+        np.asarray([] if labelled_ids is None else labelled_ids, np.int64)
+    )
+    _check_ids(dataset, "labelled_ids", labelled)
+    unlabelled = np.setdiff1d(dataset.example_ids, labelled)
+    others = plan.batch_size - labelled_per_batch
+    if (
+        not 0 < labelled_per_batch <= len(labelled)
+        or not 0 < others <= len(unlabelled)
+        or labelled_per_batch % plan.num_replicas
+    ):
+        raise ValueError(
+            "`labelled_per_batch` must be a positive multiple of "
+            "`num_replicas`, less than `batch_size`, and there must be as many "
+            "labelled, and other, examples as in a batch. Received: "
+            f"labelled_per_batch={labelled_per_batch}, "
+            f"num_replicas={plan.num_replicas}, "
+            f"batch_size={plan.batch_size}, of {len(labelled)} labelled and "
+            f"{len(unlabelled)} other examples."
+        )
+    return dataclasses.replace(
+        plan,
+        ids=unlabelled,
+        labelled_ids=labelled,
+        labelled_per_batch=labelled_per_batch,
+    )
 
 
 def eval_stream(
@@ -320,7 +438,7 @@ def eval_stream(
         return {"image": image}
 
     layout = batch_size, num_replicas, pipeline_index, num_pipelines
-    plan = _Plan(dataset.num_examples, *layout)
+    plan = _Plan(dataset.num_examples, *layout, ids=dataset.ids)
     return _stream(dataset, plan, crop)
 
 
@@ -340,6 +458,10 @@ class _Plan:
     seed: int | None = None
     first_step: int = 0
     num_steps: int = 0  # without a seed: as many as the epoch takes
+    ids: np.ndarray | None = None  # of the examples; None: their numbers
+    # Examples not in `ids`, of which each replica's rows start with some.
+    labelled_ids: np.ndarray | None = None
+    labelled_per_batch: int = 0  # of all replicas
 
     def __post_init__(self) -> None:
         if self.batch_size <= 0 or self.batch_size % self.num_replicas:
@@ -373,10 +495,36 @@ class _Plan:
 
     def locate(self, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the id, int64, and the epoch, int32, at a position."""
-        size = self.num_examples
-        epoch, index = position // size, position % size
-        example_id = _permute(index, size, _EXAMPLE_ORDER, self.seed, epoch)
-        return example_id, tf.cast(epoch, tf.int32)
+        if not self.labelled_per_batch:
+            return self._draw(position, _EXAMPLE_ORDER, self.ids)
+        step, row = position // self.batch_size, position % self.batch_size
+        replica, place = row // self.rows, row % self.rows
+        count = self.labelled_per_batch // self.num_replicas
+
+        def draw(place: tf.Tensor, count: int, *pool: Any) -> Any:
+            # `count` examples of the pool for each replica, at each step.
+            number = (step * self.num_replicas + replica) * count + place
+            return self._draw(tf.maximum(number, 0), *pool)
+
+        labelled = draw(place, count, _LABELLED_ORDER, self.labelled_ids)
+        others = draw(
+            place - count, self.rows - count, _EXAMPLE_ORDER, self.ids
+        )
+        return tuple(
+            tf.where(place < count, one, other)
+            for one, other in zip(labelled, others, strict=True)
+        )
+
+    def _draw(
+        self, number: tf.Tensor, use: int, ids: np.ndarray | None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns id and epoch of a draw from a pool, epoch after epoch."""
+        size = self.num_examples if ids is None else len(ids)
+        epoch, index = number // size, number % size
+        index = _permute(index, size, use, self.seed, epoch)
+        if ids is not None:
+            index = tf.gather(ids, index)
+        return index, tf.cast(epoch, tf.int32)
 
 
 def _permute(
@@ -387,7 +535,7 @@ def _permute(
     Not `tf.random.experimental.index_shuffle`: it runs 4 rounds of the cipher,
     and the orders of neighbouring epochs then correlate (measured: 0.76 for
     50,000 examples, 1.0 for 65,536). 16 rounds leave 0.01.
-    `use` is `_EXAMPLE_ORDER` or `_SHARD_ORDER`; seed None permutes nothing.
+    `use` is one of `_EXAMPLE_ORDER` etc.; seed None permutes nothing.
     """
     if seed is None:
         return index
@@ -404,19 +552,24 @@ def _permute(
 
 
 def _stream(
-    dataset: Dataset, plan: _Plan, crop: Callable[[tf.Tensor, dict], dict]
+    dataset: Dataset,
+    plan: _Plan,
+    crop: Callable[[tf.Tensor, dict], dict],
+    is_masked: bool = False,
 ) -> tf.data.Dataset:
     """Returns the batches of `plan`.
 
     `crop` maps an encoded image and the row it belongs to (`id` int64,
-    `epoch` int32) to a dictionary of uint8 images.
+    `epoch` int32) to a dictionary of uint8 images; `is_masked` says whether
+    batches of arrays hold masks.
     """
     source = dataset.source
     # Streams hold these by reference. On the host, whatever the device of the
     # caller: only the batches travel.
     with tf.device("CPU:0"):
         if isinstance(source, Arrays):
-            batches = _array_batches(source, plan)
+            masks = dataset.masks if is_masked else None
+            batches = _array_batches(source, plan, masks)
             return batches.prefetch(tf.data.AUTOTUNE)
         if isinstance(source, Files):
             rows = _file_rows(source, plan)
@@ -432,8 +585,13 @@ def _stream(
     return batches.prefetch(tf.data.AUTOTUNE)
 
 
-def _array_batches(source: Arrays, plan: _Plan) -> tf.data.Dataset:
-    images, labels = tf.constant(source.images), tf.constant(source.labels)
+def _array_batches(
+    source: Arrays, plan: _Plan, masks: np.ndarray | None
+) -> tf.data.Dataset:
+    held = {"image": tf.constant(source.images)}
+    if masks is not None:
+        held["mask"] = tf.constant(masks)
+    labels = tf.constant(source.labels)
 
     def batch(first: tf.Tensor) -> dict[str, tf.Tensor]:
         positions = first + tf.range(plan.rows, dtype=tf.int64)
@@ -444,7 +602,7 @@ def _array_batches(source: Arrays, plan: _Plan) -> tf.data.Dataset:
             "epoch": tf.where(valid, epochs, -1),
             "label": tf.where(valid, tf.gather(labels, ids), -1),
             "weight": tf.cast(valid, tf.float32),
-            "image": tf.gather(images, ids),
+            **{key: tf.gather(array, ids) for key, array in held.items()},
         }
 
     return plan.positions(plan.start, plan.stop, plan.rows).map(batch)
@@ -466,11 +624,20 @@ def _record_rows(source: Records, plan: _Plan) -> tf.data.Dataset:
 
     Every epoch is a permutation of the shards, cut into groups. Where a group
     starts follows from the lengths of the shards, so a resumed stream reads
-    the group it stopped in and none before it.
+    the group it stopped in and none before it. Of a subset, shards without
+    any of its examples are not read.
     """
-    count, width = len(source.filenames), source.shards_per_group
     first_ids = np.cumsum(source.takes) - source.takes
-    columns = source.filenames, source.skips, source.takes, first_ids
+    columns = [source.filenames, source.skips, source.takes, first_ids]
+    lengths = source.takes
+    is_chosen = np.ones(lengths.sum(), bool)
+    if plan.ids is not None:
+        is_chosen = np.isin(np.arange(lengths.sum()), plan.ids)
+        lengths = np.add.reduceat(is_chosen.astype(np.int64), first_ids)
+    columns = [np.asarray(column)[lengths > 0] for column in columns]
+    lengths = lengths[lengths > 0]
+    is_chosen = tf.constant(is_chosen)
+    count, width = len(lengths), source.shards_per_group
     groups_per_epoch = math.ceil(count / width)
 
     def locate(group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -478,9 +645,9 @@ def _record_rows(source: Records, plan: _Plan) -> tf.data.Dataset:
         first = group % groups_per_epoch * width
         shards = tf.range(count, dtype=tf.int64)
         shards = _permute(shards, count, _SHARD_ORDER, plan.seed, epoch)
-        takes = tf.gather(source.takes, shards)
-        start = epoch * plan.num_examples + tf.reduce_sum(takes[:first])
-        stop = start + tf.reduce_sum(takes[first : first + width])
+        sizes = tf.gather(lengths, shards)
+        start = epoch * plan.num_examples + tf.reduce_sum(sizes[:first])
+        stop = start + tf.reduce_sum(sizes[first : first + width])
         return start, stop, shards[first : first + width]
 
     def read(start: tf.Tensor, stop: tf.Tensor, shards: tf.Tensor) -> tuple:
@@ -493,6 +660,8 @@ def _record_rows(source: Records, plan: _Plan) -> tf.data.Dataset:
             block_length=int(source.takes.max()),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+        if plan.ids is not None:
+            examples = examples.filter(lambda i, _: is_chosen[i])
         return start, stop, *examples.batch(stop - start).get_single_element()
 
     def rows(

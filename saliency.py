@@ -102,8 +102,8 @@ def foreground(saliency: tf.Tensor) -> tf.Tensor:
     Not the thresholds of the papers, 3 times the mean (Hou & Zhang) and twice
     the mean (Achanta et al., of segments): these are for pointing at an object,
     and leave some 5 % of the pixels, mostly edges, eyes and highlights. Half of
-    the masks of CIFAR-10 would be implausible. Here about 37 % of the pixels are
-    foreground, and no mask of 1,000 is implausible.
+    the masks of CIFAR-10 would be implausible. Here about 37 % of the pixels
+    are foreground, and no mask of 1,000 is implausible.
 
     Args:
         saliency: float32 `[b, h, w]`.
@@ -149,7 +149,7 @@ def whole_if_implausible(masks: tf.Tensor) -> tf.Tensor:
 
 
 def decode_mask(encoded: tf.Tensor, size: Any) -> tf.Tensor:
-    """Returns a mask from an encoded image, of which 128 and more is foreground.
+    """Returns a mask from an encoded image, 128 and more being foreground.
 
     Args:
         encoded: string scalar, PNG; of several channels, the first counts.

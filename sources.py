@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,9 +101,9 @@ class Dataset:
             the examples of `source`; None: all. They keep their ids.
         file_names: of each example of `source`, relative to the folder; ()
             where the source is no folder of images.
-        masks: what is foreground, 1, and background, 0, if that is known: of
-            arrays uint8 `[N, H, W]`; else a function of an image, uint8
-            `[h, w, c]`, and its id, that returns uint8 `[h, w]`.
+        masks: what is foreground, 1, and background, 0; None: not known. Of
+            arrays, uint8 `[N, H, W]`; else a function of images, uint8
+            `[b, h, w, c]`, and their ids, that returns uint8 `[b, h, w]`.
         class_names: one name a label; () where there are no labels.
         channels: channels of the images that streams yield.
         image_size: `(height, width)`, or None where sizes vary.
@@ -122,9 +122,7 @@ class Dataset:
     image_size: tuple[int, int] | None
     ids: np.ndarray | None = None
     file_names: tuple[str, ...] = ()
-    masks: np.ndarray | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = (
-        None
-    )
+    masks: Any = None
     notes: tuple[str, ...] = ()
     undecodable: set[str] = dataclasses.field(default_factory=set)
 

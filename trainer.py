@@ -24,6 +24,7 @@ import model
 import objective
 import reporting
 import resnet
+import saliency
 import schedules
 from checkpoint import TrainingCheckpoints
 
@@ -476,7 +477,8 @@ def make_views(
         batch: of `data.train_stream`: `id` int64 `[b]`, `epoch` int32 `[b]`,
             and `image` uint8 `[b, h, w, c]`, or, where the host has cropped
             already, `crops`, uint8 `[b, views, s, s, c]` or one `[b, s, s, c]`
-            a view.
+            a view; with images, `mask`, uint8 `[b, h, w]`, if an augmentation
+            has a `mask_probability`.
         augmentations: one a view.
         seed: of all draws.
         augment: `data_util.augment`, possibly compiled.
@@ -486,14 +488,18 @@ def make_views(
     """
     views = []
     for index, augmentation in enumerate(augmentations):
+        keys = data_util.example_keys(seed, batch["epoch"], batch["id"], index)
         if "image" in batch:
             images = batch["image"]
+            if augmentation.mask_probability:
+                images = saliency.remove_background(
+                    images, batch["mask"], keys, augmentation
+                )
         else:
             crops = batch["crops"]
             same_size = not isinstance(crops, tuple)
             images = crops[:, index] if same_size else crops[index]
             augmentation = dataclasses.replace(augmentation, crop=False)
-        keys = data_util.example_keys(seed, batch["epoch"], batch["id"], index)
         views.append(augment(images, keys, augmentation))
     return views
 

@@ -16,7 +16,9 @@ _MAY_IMPORT = {
     "reporting": set(),
     "devices": set(),
     "sources": set(),
-    "data": {"data_util", "sources"},
+    "saliency": {"data_util"},
+    "labelled": {"data_util", "sources"},
+    "data": {"data_util", "saliency", "sources"},
     "model": {"resnet"},
     "checkpoint": {"model", "resnet"},
     "probe": {"data", "data_util", "checkpoint"},
@@ -28,6 +30,7 @@ _MAY_IMPORT = {
         "objective",
         "reporting",
         "resnet",
+        "saliency",
         "schedules",
     },
     "run": {
