@@ -116,7 +116,7 @@ class Run:
         if settings.mixed_precision:
             keras.mixed_precision.set_global_policy("mixed_bfloat16")
 
-    def _load(self, split: str, **masks: str | None) -> data.Dataset:
+    def _load(self, split: str, **masks: Any) -> data.Dataset:
         return data.load(
             self.settings.dataset,
             split,
@@ -181,7 +181,9 @@ class Run:
                 f"{settings.train_split} has none."
             )
         if settings.train_on_labelled and settings.checkpoint:
-            ids = labelled.read(checkpoint_lib.run_directory(settings.checkpoint))
+            ids = labelled.read(
+                checkpoint_lib.run_directory(settings.checkpoint)
+            )
             dataset = data.subset(dataset, ids)
         return dataset
 

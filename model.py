@@ -408,8 +408,12 @@ class Networks:
         """Returns the target's projections `[n, d]`, without a gradient.
 
         BatchNorm is in training mode, as in BYOL's code.
+
+        Raises:
+            ValueError: if there is no target network.
         """
-        assert self.target_encoder and self.target_projection
+        if self.target_encoder is None or self.target_projection is None:
+            raise ValueError("There is no target network.")
         features = self.target_encoder(self._normalized(images), training=True)
         projection = self.target_projection(features, training=True)[-1]
         return tf.stop_gradient(projection)
@@ -420,10 +424,9 @@ class Networks:
             (self.target_encoder, self.encoder),
             (self.target_projection, self.projection),
         ):
+            averages = target.trainable_variables if target else []
             for average, variable in zip(
-                target.trainable_variables,
-                online.trainable_variables,
-                strict=True,
+                averages, online.trainable_variables, strict=bool(averages)
             ):
                 average.assign(decay * average + (1.0 - decay) * variable)
 

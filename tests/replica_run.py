@@ -26,45 +26,72 @@ _BATCH_SIZE = 16
 _STEPS = 3
 
 
-def architecture():
+def architecture(objective):
+    method = methods.METHODS[objective]
+    heads = {}
+    if method.multi_view:
+        heads = {
+            "proj_head_mode": "mlp",
+            "proj_hidden_dim": (16,),
+            "predictor": True,
+            "target_network": True,
+        }
+    if objective == "semppl":
+        heads["queue_shape"] = (2, 2 * _BATCH_SIZE, 8)
+    if objective == "siglip":
+        heads["learnable_temperature"] = True
     return model.Architecture(
-        resnet_depth=10,
-        width_multiplier=0.125,
-        stem="cifar",
-        padding="fixed",
-        sk_ratio=0.0,
-        se_ratio=0.0,
-        zero_init_residual=False,
-        global_bn=True,
-        batch_norm_decay=0.9,
-        channels=3,
-        image_mean=(),
-        image_std=(),
-        proj_head_mode="nonlinear",
-        proj_out_dim=8,
-        num_proj_layers=2,
-        ft_proj_selector=0,
-        num_classes=16,
-        zero_init_logits_layer=False,
+        **{
+            "resnet_depth": 10,
+            "width_multiplier": 0.125,
+            "stem": "cifar",
+            "padding": "fixed",
+            "sk_ratio": 0.0,
+            "se_ratio": 0.0,
+            "zero_init_residual": False,
+            "global_bn": True,
+            "batch_norm_decay": 0.9,
+            "channels": 3,
+            "image_mean": (),
+            "image_std": (),
+            "proj_head_mode": "nonlinear",
+            "proj_out_dim": 8,
+            "num_proj_layers": 2,
+            "ft_proj_selector": 0,
+            "num_classes": 16,
+            "zero_init_logits_layer": False,
+        }
+        | heads
     )
 
 
 def config(objective, optimizer):
     method = methods.METHODS[objective]
     values = {"rpc_marginal_norm": "global", **method.defaults}
+    if values.get("num_negatives"):
+        values["num_negatives"] = 3
     view = data_util.simclr_augmentation(16, strength=0.5)
+    small = ()
+    if values.get("num_small_views"):
+        small = (data_util.simclr_augmentation(8, strength=0.5),)
+    labelled = np.zeros(40, bool)
+    labelled[::3] = True
     return trainer.TrainConfig(
         train_mode="pretrain",
         objective=objective,
         hyperparameters={
             argument: values[flag]
-            for argument, flag in method.hyperparameters.items()
+            for argument, flag in method.arguments.items()
         },
         # Its default is of a size that a first step without LARS explodes.
         gradient_penalty_weight=values.get("gradient_penalty_weight", 0.0)
         / 1000,
-        lineareval_while_pretraining=True,
-        views=(view, view),
+        views=(view, view, *small),
+        num_large_views=2,
+        target_decay=0.5,
+        num_semantic_positives=values.get("num_semantic_positives", 0),
+        num_classes=16,
+        labelled=labelled,
         batch_size=_BATCH_SIZE,
         num_examples=40,
         train_steps=100,
@@ -96,19 +123,22 @@ def few_photo_patches():
     )
 
 
-def main(num_replicas, path, cases):
+def main(num_replicas, out_path, cases):
     strategy = devices.make_strategy(use_tpu=False, cpu_replicas=num_replicas)
     dataset, out = few_photo_patches(), {}
-    keras.utils.set_random_seed(0)
-    with strategy.scope():
-        networks = model.build_networks(architecture())
-    variables = [v for m in networks.models().values() for v in m.variables]
-    start = [v.numpy() for v in variables]
     for case in cases:
-        for variable, value in zip(variables, start, strict=True):
-            variable.assign(value)
-            out[f"{case}|{variable.path}|0"] = value
-        run = config(*case.split(":"))
+        objective, optimizer = case.split(":")
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            networks = model.build_networks(architecture(objective))
+        variables = {
+            f"{name}/{v.path}": v
+            for name, part in networks.models().items()
+            for v in part.variables
+        }
+        for path, variable in variables.items():
+            out[f"{case}|{path}|0"] = variable.numpy()
+        run = config(objective, optimizer)
         with strategy.scope():
             optimizers = trainer.build_optimizers(run, networks)
         stream = strategy.distribute_datasets_from_function(
@@ -126,17 +156,17 @@ def main(num_replicas, path, cases):
         for done in range(1, _STEPS + 1):
             out[f"{case}|metrics|{done}"] = loop(iterator, 1)[0]
             if done in (1, _STEPS):
-                for variable in variables:
-                    out[f"{case}|{variable.path}|{done}"] = variable.numpy()
+                for path, variable in variables.items():
+                    out[f"{case}|{path}|{done}"] = variable.numpy()
         out[f"{case}|names"] = np.array(loop.names)
         # Every replica must hold the same copy of every variable.
-        for variable in variables:
+        for variable in variables.values():
             copies = [c.numpy() for c in strategy.experimental_local_results(
                 variable.value
             )]  # fmt: skip
             for copy in copies[1:]:
                 np.testing.assert_array_equal(copy, copies[0], variable.path)
-    np.savez(path, **out)
+    np.savez(out_path, **out)
 
 
 if __name__ == "__main__":

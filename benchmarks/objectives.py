@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrains with every objective under one budget and measures the features.
+
+The same encoder, images, augmentation strength, optimizer and steps for all;
+each method's own heads, views and weights. Prints a Markdown table.
+
+    python benchmarks/objectives.py --dataset=photo_patches --epochs=5
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))
+
+import checkpoint
+import data
+import model
+import probe
+
+_COMMON = [
+    "--resnet_depth=10",
+    "--width_multiplier=0.25",
+    "--train_batch_size=128",
+    "--warmup_epochs=0.5",
+    "--optimizer=adam",
+    "--learning_rate=0.002",
+    "--learning_rate_scaling=none",
+    "--lineareval_while_pretraining=false",
+    "--train_summary_steps=0",
+]
+# Jitter as strong for BYOL's family as SimCLR's strength says.
+_COLOURS = {
+    # Colour tells many of its pictures apart.
+    "photo_patches": (0.2, ["--grayscale_probability=0"]),
+    "cifar10": (0.5, []),
+}
+_OF_SIMCLR_FAMILY = {
+    "simclr": ["--temperature=0.5"],
+    "rpc": [],
+    "dv": [],
+    "nwj": [],
+    "js": [],
+    "wpc": [],
+}
+_OF_MULTI_VIEW = {
+    "byol": [],
+    "relic": [],
+    "relic, no target": ["--objective=relic", "--target_network=false"],
+    "relicv2": [],
+    "semppl, 5 labels a class": ["--objective=semppl", "--labels_per_class=5"],
+    "semppl, all labels": ["--objective=semppl"],
+}
+_ROWS = {**_OF_SIMCLR_FAMILY, **_OF_MULTI_VIEW}
+_COLUMNS = ("linear", "kNN", "1 a class", "5 a class")
+
+
+def main() -> None:
+    """Prints a line for each row as it is done, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="photo_patches")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="not epochs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="+", default=list(_ROWS))
+    parser.add_argument("--out", default="runs/objectives", help="a folder")
+    args, more = parser.parse_known_args()
+
+    splits = [data.load(args.dataset, split) for split in ("train", "test")]
+    lines = [
+        f"| {args.dataset} | {' | '.join(_COLUMNS)} | minutes |",
+        "|---" * (len(_COLUMNS) + 2) + "|",
+        line("raw pixels", measure(None, splits), 0.0),
+    ]
+    encoder = None
+    for row in args.rows:
+        folder = pathlib.Path(args.out) / args.dataset / row.replace(", ", "-")
+        start = time.monotonic()
+        pretrain(row, folder, args, more)
+        minutes = (time.monotonic() - start) / 60
+        if encoder is None:
+            encoder = untrained(folder)
+            lines.append(line("random encoder", measure(encoder, splits), 0.0))
+        trained = checkpoint.load_encoder(str(folder))
+        lines.append(line(row, measure(trained, splits), minutes))
+        print(lines[-1], flush=True)
+    print("\n".join(lines))
+
+
+def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
+    """Runs the program; goes on where it was if it has run already."""
+    strength, colour = _COLOURS.get(args.dataset, (0.5, []))
+    colour = [
+        *colour,
+        f"--color_jitter_strength={strength}"
+        if row in _OF_SIMCLR_FAMILY
+        # What SimCLR's strength 1 means, in flags that replace BYOL's.
+        else f"--brightness={0.8 * strength}",
+    ]
+    if row in _OF_SIMCLR_FAMILY:
+        colour.append("--use_blur=false")
+    else:
+        colour += [
+            f"--contrast={0.8 * strength}",
+            f"--saturation={0.8 * strength}",
+            f"--hue={0.2 * strength}",
+            "--blur_probability=0",
+            "--solarize_probability=0",
+        ]
+    command = [
+        sys.executable,
+        str(_ROOT / "run.py"),
+        f"--objective={row.split(',')[0]}",
+        f"--dataset={args.dataset}",
+        f"--train_epochs={args.epochs}",
+        f"--train_steps={args.steps}",
+        f"--seed={args.seed}",
+        f"--model_dir={folder}",
+        *_COMMON,
+        *colour,
+        *_ROWS[row],
+        *more,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stderr[-3000:])
+
+
+def untrained(folder: pathlib.Path):
+    """Returns an encoder of the run's architecture with fresh weights."""
+    fields = checkpoint.read_run(str(folder))["architecture"]
+    fields |= {"target_network": False, "queue_shape": ()}
+    networks = model.build_networks(model.Architecture(**fields))
+    return model.encoder_of_images(networks)
+
+
+def measure(encoder, splits) -> list[float]:
+    """Returns accuracies, in the order of the columns."""
+    train, test = (
+        probe.compute_features(encoder, split, split.image_size[0])
+        for split in splits
+    )
+    return [
+        probe.linear_accuracy(train, test),
+        probe.knn_accuracy(train, test),
+        probe.few_label_accuracy(train, test, 1),
+        probe.few_label_accuracy(train, test, 5),
+    ]
+
+
+def line(name: str, accuracies: list[float], minutes: float) -> str:
+    """Returns a row of the table."""
+    cells = [f"{100 * value:.1f}" for value in accuracies]
+    return f"| {name} | {' | '.join(cells)} | {minutes:.1f} |"
+
+
+if __name__ == "__main__":
+    main()
