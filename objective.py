@@ -1324,9 +1324,8 @@ def _view_pairs(
 
 def _uniform_integer(draws: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
     """Returns int32 in `[0, count)` from uniform numbers in [0, 1)."""
-    scaled = tf.cast(draws * tf.cast(count, tf.float32), tf.int32)
-    # The product may round up to `count`.
-    return tf.minimum(scaled, count - 1)
+    # Not even the float32 next to 1 gives a product that rounds up to `count`.
+    return tf.cast(draws * tf.cast(count, tf.float32), tf.int32)
 
 
 def _is_other(queue_ids: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
