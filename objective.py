@@ -548,14 +548,15 @@ def siglip_loss(
 
     Source: Zhai et al., arXiv:2303.15343, algorithm 1;
     filipbasara0/relic@a465a48 relic/relic.py, `use_siglip`: the sum over
-    targets is not divided by B.
+    targets is not divided by B. Other versions of that code weigh positives
+    by 10 and negatives by 0.1; this has no such weights.
 
     Args:
         online: as in `relic_loss`.
         target: as in `relic_loss`.
         temperature: T > 0, divides the scores; a scalar tensor if learnt.
-        bias: added to the scores. The reference code starts it at -10, so that
-            the many negatives do not dominate at first.
+        bias: added to the scores; a scalar tensor if learnt. The paper starts
+            it at -10, so that the many negatives do not dominate at first.
         alpha: weight of KL, >= 0.
         kl_grad: as in `relic_loss`.
         kl_form: as in `relic_loss`.
@@ -700,7 +701,7 @@ def critic_temperature(log_scale: tf.Tensor, max_scale: float) -> tf.Tensor:
     Where the scale is clamped its gradient is exactly 0.
 
     Source: filipbasara0/relic@a465a48 relic/relic.py, where `log_scale` is
-    `tau`, learnt from 1 on, and `max_scale` is `max_tau`.
+    `tau` and `max_scale` is `max_tau`.
 
     Args:
         log_scale: float scalar, the logarithm of the inverse temperature.
@@ -1053,8 +1054,8 @@ def _scores(
 class _Comparison:
     """Online views of local rows against target views of global candidates.
 
-    Matrices of scores are computed once, and views gathered once, when first
-    asked for.
+    Matrices of scores that several pairs use are computed once, and views are
+    gathered once, when first asked for.
 
     Attributes:
         pairs: the pairs (a, c) of views that a loss goes over.
@@ -1091,7 +1092,6 @@ class _Comparison:
         self._targets = [_prepare(z, True) for z, _ in gathered]
         self._onlines: dict[int, tf.Tensor] = {}
         self._rows: dict[_Pair, tf.Tensor] = {}
-        self._columns: dict[_Pair, tf.Tensor] = {}
         batch = online[0].shape[0]
         self._batch_size = self._targets[0].shape[0]
         if self._batch_size == 1:
@@ -1142,13 +1142,12 @@ class _Comparison:
         a, c = pair
         if a not in self._onlines:
             self._onlines[a] = _prepare(self._gather(self._online[a])[0], True)
-        if pair not in self._columns:
-            self._columns[pair] = self._critic(
-                tf.matmul(
-                    self._target_anchors[c], self._onlines[a], transpose_b=True
-                )
+        scores = self._critic(
+            tf.matmul(
+                self._target_anchors[c], self._onlines[a], transpose_b=True
             )
-        return tf.nn.log_softmax(self._choose(self._columns[pair], pair))
+        )
+        return tf.nn.log_softmax(self._choose(scores, pair))
 
     def scores_with(self, online: int, others: tf.Tensor) -> tf.Tensor:
         """Returns `[b, k]`, of an online view with unit vectors `[b, k, d]`."""
@@ -1324,9 +1323,8 @@ def _view_pairs(
 
 def _uniform_integer(draws: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
     """Returns int32 in `[0, count)` from uniform numbers in [0, 1)."""
-    scaled = tf.cast(draws * tf.cast(count, tf.float32), tf.int32)
-    # The product may round up to `count`.
-    return tf.minimum(scaled, count - 1)
+    # Not even the float32 next to 1 gives a product that rounds up to `count`.
+    return tf.cast(draws * tf.cast(count, tf.float32), tf.int32)
 
 
 def _is_other(queue_ids: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
