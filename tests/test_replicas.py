@@ -13,7 +13,7 @@ import methods
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 _CASES = [f"{name}:momentum" for name in methods.METHODS]
-_CASES_OF_FOUR = ["rpc:lars", "dv:momentum"]
+_CASES_OF_FOUR = ["rpc:lars", "dv:momentum", "semppl:lars"]
 
 
 def _start(num_replicas, folder, cases):
