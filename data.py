@@ -66,7 +66,9 @@ def load(
         mask_dir: folder of masks, for the removal of backgrounds: PNG, of
             which 128 and more is foreground, named by `sources.find_masks`.
             Images without a mask, and images whose mask is implausible (see
-            `saliency.is_plausible`), stay whole.
+            `saliency.is_plausible`), stay whole. A file that is no PNG is an
+            error, of TensorFlow's, for images in memory; others count as
+            images that do not decode.
         saliency: name in `saliency.ESTIMATORS`: masks are estimated, of
             images in memory now, of others as they are read.
 
@@ -125,8 +127,7 @@ def describe(dataset: Dataset) -> str:
 def subset(dataset: Dataset, ids: Sequence[int] | np.ndarray) -> Dataset:
     """Returns a dataset of only some examples, under the ids they have.
 
-    Of TFRecords, streams go on reading all that precedes the last of these in
-    each shard that holds one of them.
+    Of TFRecords, streams read every shard that holds one of them, whole.
 
     Args:
         dataset: what `load` returned, or a subset of it.
@@ -167,19 +168,16 @@ def _with_masks(
             "Masks are either read or estimated. Received: "
             f"mask_dir={mask_dir!r}, saliency={estimator!r}."
         )
+    masks: Any  # a function; of images in memory, then an array
     if mask_dir:
         files = sources.find_masks(dataset, mask_dir)
         known, masks = len(files) - files.count(""), _mask_reader(files)
     else:
         known, masks = dataset.num_examples, _mask_estimator(str(estimator))
-    counts = f"{known:,}"
+    counts, missing = f"{known:,}", dataset.num_examples - known
     if isinstance(dataset.source, Arrays):
-        found = _chunk_by_chunk(masks, dataset.source.images)
-        masks = saliency_lib.whole_if_implausible(found).numpy()
-        # Where there is no mask, `found` is whole.
-        implausible = np.sum(np.any(masks != found, axis=(1, 2)))
-        counts += f", {implausible:,} implausible"
-    missing = dataset.num_examples - known
+        masks, whole = _hold_masks(masks, dataset.source.images)
+        counts += f", {whole - missing:,} implausible"
     note = f"masks: {counts} and {missing:,} missing, those images stay whole"
     notes = (*dataset.notes, note)
     return dataclasses.replace(dataset, masks=masks, notes=notes)
@@ -219,18 +217,25 @@ def _mask_estimator(name: str) -> _MaskFunction:
     return lambda images, _: saliency_lib.foreground(estimators[name](images))
 
 
-def _chunk_by_chunk(masks: _MaskFunction, images: np.ndarray) -> np.ndarray:
-    """Returns what `masks` gives for all images, uint8 `[N, h, w]`."""
-    found = np.empty(images.shape[:3], np.uint8)
-    function = tf.function(masks, autograph=False, reduce_retracing=True)
+def _hold_masks(
+    masks: _MaskFunction, images: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Returns masks of all images, and how many of them are none."""
+    held, whole = np.empty(images.shape[:3], np.uint8), 0
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def make(images: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        found = masks(images, ids)
+        is_plausible = saliency_lib.is_plausible(found)
+        return saliency_lib.whole_if_implausible(found), is_plausible
+
     with tf.device("CPU:0"):
         for start in range(0, len(images), _MASK_CHUNK):
-            chunk = images[start : start + _MASK_CHUNK]
-            ids = tf.range(start, start + len(chunk))
-            found[start : start + len(chunk)] = function(
-                tf.constant(chunk), ids
-            )
-    return found
+            part = slice(start, min(start + _MASK_CHUNK, len(images)))
+            ids = tf.range(part.start, part.stop)
+            held[part], is_plausible = make(tf.constant(images[part]), ids)
+            whole += int(np.sum(~is_plausible.numpy()))
+    return held, whole
 
 
 def train_stream(

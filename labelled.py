@@ -182,7 +182,7 @@ def names_of(dataset: Dataset) -> Sequence[str]:
 
 def _read_feature(source: Records, key: str, default: Any) -> np.ndarray:
     """Returns a scalar feature of all records, in storage order."""
-    spec = {key: tf.io.FixedLenFeature([], tf.as_dtype(type(default)), default)}
+    spec = {key: tf.io.FixedLenFeature([], tf.constant(default).dtype, default)}
 
     def read(filename: Any, skip: Any, take: Any) -> tf.data.Dataset:
         records = tf.data.TFRecordDataset(filename, buffer_size=8 << 20)

@@ -89,6 +89,7 @@ def _train(dataset, batch_size=5, seed=1, **layout):
 
 def _joined(elements):
     """Returns the elements end to end."""
+    elements = list(elements)
     return {
         key: np.concatenate([element[key] for element in elements])
         for key in elements[0]
@@ -269,6 +270,136 @@ def test_views_of_an_image_differ(tmp_path):
     crops = _train(dataset, batch_size=1, num_steps=2)
     views = [*crops[0]["crops"][0], *crops[1]["crops"][0]]
     assert len({view.tobytes() for view in views}) == 4
+
+
+# Subsets and labelled rows
+
+_IDS = [1, 2, 3, 5, 8, 13, 21]
+
+
+def test_subset_streams_only_its_examples_under_their_ids(source):
+    few = data.subset(source, _IDS[::-1])
+    assert few.num_examples == 7
+    assert "7 of 23 examples" in data.describe(few)
+    batch = _joined(_train(few, num_steps=14))
+    for epoch in batch["id"].reshape(10, 7):
+        assert sorted(epoch) == _IDS
+    np.testing.assert_array_equal(batch["epoch"], np.arange(70) // 7)
+    np.testing.assert_array_equal(batch["label"], batch["id"] // 8)
+    images = batch["crops"][:, 0] if source.is_encoded else batch["image"]
+    np.testing.assert_array_equal(images[:, 0, 0, 0], batch["id"])
+    tail = _train(few, first_step=4, num_steps=3)
+    np.testing.assert_array_equal(_joined(tail)["id"], batch["id"][20:35])
+
+
+def test_subset_is_evaluated_in_order(source):
+    few = data.subset(data.subset(source, [*_IDS, 4]), _IDS)
+    batch = _joined(_eval_steps(few))
+    np.testing.assert_array_equal(batch["id"], [*_IDS, -1])
+    np.testing.assert_array_equal(batch["image"][:7, 0, 0, 0], _IDS)
+
+
+def test_subset_of_unknown_examples_is_refused(sources):
+    with pytest.raises(ValueError, match="2 ids, 1 unknown: 23"):
+        data.subset(sources["arrays"], [0, 23])
+    with pytest.raises(ValueError, match="0 ids"):
+        data.subset(sources["arrays"], [])
+
+
+def _labelled_steps(dataset, **layout):
+    return data.train_stream(
+        dataset,
+        batch_size=8,
+        seed=1,
+        **{"num_steps": 42} | layout,
+        views=_views(dataset),
+        labelled_ids=_IDS,
+        labelled_per_batch=4,
+    )
+
+
+@pytest.fixture(params=["arrays", "files"])
+def random_access(request, sources, corner_crops):
+    """Returns the datasets whose rows can be chosen."""
+    return sources[request.param]
+
+
+def test_each_batch_starts_with_labelled_rows(random_access):
+    """42 steps: 24 epochs of 7 labelled, 10.5 of 16 other examples."""
+    batch = _joined(_labelled_steps(random_access).as_numpy_iterator())
+    rows = {k: batch[k].reshape(42, 8) for k in ("id", "epoch")}
+    assert np.isin(rows["id"], _IDS).tolist() == [[True] * 4 + [False] * 4] * 42
+    for part, size in ((slice(0, 4), 7), (slice(4, 8), 16)):
+        ids = rows["id"][:, part].ravel()
+        epochs = rows["epoch"][:, part].ravel()
+        np.testing.assert_array_equal(epochs, np.arange(168) // size)
+        orders = ids[: 168 // size * size].reshape(-1, size)
+        assert all(len(set(order)) == size for order in orders)
+        assert len({tuple(order) for order in orders}) > len(orders) // 2
+    np.testing.assert_array_equal(batch["label"], batch["id"] // 8)
+
+
+def test_labelled_stream_resumes(random_access):
+    whole = list(_labelled_steps(random_access).as_numpy_iterator())[37:]
+    tail = _labelled_steps(random_access, first_step=37, num_steps=5)
+    _assert_equal(_joined(tail.as_numpy_iterator()), _joined(whole))
+
+
+def _sorted(batch):
+    """Returns the rows by id, and where it comes twice by epoch."""
+    order = np.lexsort((batch["epoch"], batch["id"]))
+    return {key: value[order] for key, value in batch.items()}
+
+
+def test_replicas_share_the_labelled_rows(random_access):
+    expected = _global_steps(random_access, _labelled_steps, 1, 1)
+    for replicas, hosts in ((2, 1), (4, 2)):
+        actual = _global_steps(random_access, _labelled_steps, replicas, hosts)
+        for one, other in zip(expected, actual, strict=True):
+            _assert_equal(_sorted(other), _sorted(one))
+            rows = np.isin(other["id"], _IDS).reshape(replicas, -1)
+            assert (rows[:, : 4 // replicas]).all()
+            assert not (rows[:, 4 // replicas :]).any()
+
+
+def test_labelled_rows_of_a_subset_stay_within_it(sources):
+    few = data.subset(sources["arrays"], range(2, 23))
+    stream = data.train_stream(
+        few,
+        batch_size=8,
+        seed=1,
+        num_steps=20,
+        labelled_ids=[4, 5],
+        labelled_per_batch=2,
+    )
+    ids = _joined(list(stream.as_numpy_iterator()))["id"]
+    assert set(ids) == set(range(2, 23))
+    assert sorted(ids[:2]) == [4, 5]
+
+
+def test_labelled_rows_that_cannot_be_are_refused(sources):
+    def stream(name, ids, count, **layout):
+        data.train_stream(
+            sources[name],
+            batch_size=8,
+            seed=0,
+            views=(_VIEW,),
+            labelled_ids=ids,
+            labelled_per_batch=count,
+            **layout,
+        )
+
+    with pytest.raises(ValueError, match="labelled_ids.*1 unknown: 23"):
+        stream("arrays", [1, 23], 2)
+    with pytest.raises(ValueError, match="labelled_ids.*0 ids"):
+        stream("arrays", None, 2)
+    for ids, count in ((_IDS, 0), (_IDS, 8), ([1, 2], 3), (range(20), 1)):
+        with pytest.raises(ValueError, match=f"labelled_per_batch={count}, "):
+            stream("arrays", ids, count)
+    with pytest.raises(ValueError, match="num_replicas=2"):
+        stream("arrays", _IDS, 3, num_replicas=2)
+    with pytest.raises(ValueError, match="TFRecords are read"):
+        stream("records", _IDS, 2)
 
 
 # Evaluation
