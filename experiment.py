@@ -213,6 +213,11 @@ class Run:
             settings.small_image_size = int(settings.image_size * share)
         if settings.queue_size is None:
             settings.queue_size = _QUEUE_BATCHES * settings.train_batch_size
+        if settings.queue_size < settings.train_batch_size:
+            raise ValueError(
+                f"--queue_size={settings.queue_size} is less than "
+                f"--train_batch_size={settings.train_batch_size}."
+            )
 
     def distributed(
         self, make_stream: Callable[..., tf.data.Dataset]

@@ -11,7 +11,8 @@ import tensorflow as tf
 import resnet
 
 ENCODERS = ("resnet", "efficientnet_v2_s")
-PROJECTION_MODES = ("none", "linear", "nonlinear", "mlp")
+SIMCLR_MODES = ("none", "linear", "nonlinear")
+PROJECTION_MODES = (*SIMCLR_MODES, "mlp")
 MLP_NORMS = ("none", "hidden", "all")
 
 # Not one instance for all: an initializer draws the same numbers every time.
@@ -55,10 +56,9 @@ def projection_head(
     Raises:
         ValueError: if `mode` is unknown or there is no layer.
     """
-    if mode not in ("none", "linear", "nonlinear"):
+    if mode not in SIMCLR_MODES:
         raise ValueError(
-            "`mode` must be 'none', 'linear' or 'nonlinear'. "
-            f"Received: {mode!r}."
+            f"`mode` must be one of {SIMCLR_MODES}. Received: {mode!r}."
         )
     if num_layers < 1:
         raise ValueError(
@@ -567,13 +567,18 @@ def _efficientnet_v2_s(architecture: Architecture) -> keras.Model:
             )
         if isinstance(layer, keras.layers.Dropout):
             return keras.layers.Identity(name=layer.name)
-        if isinstance(layer, keras.layers.GlobalAveragePooling2D):
+        if layer.name == "avg_pool":  # the last; blocks have theirs, too
             return keras.layers.GlobalAveragePooling2D(
                 name="final_avg_pool", dtype="float32"
             )
         return layer.__class__.from_config(layer.get_config())
 
-    return keras.models.clone_model(network, clone_function=replace)
+    return keras.models.clone_model(
+        network,
+        clone_function=replace,
+        # Without the arguments of Keras's BatchNormalization.
+        call_function=lambda layer, *inputs, **_: layer(*inputs),
+    )
 
 
 def _build_projection(

@@ -128,13 +128,16 @@ def test_outputs_are_float32_in_mixed_precision():
     try:
         heads = [
             model.projection_head(mode, input_dim=FEATURES)
-            for mode in model.PROJECTION_MODES
+            for mode in model.SIMCLR_MODES
         ]
+        mlp = model.mlp_head(
+            input_dim=FEATURES, hidden_dims=(4,), out_dim=2, norm="all"
+        )
         classifier = model.classifier_head(input_dim=FEATURES, num_classes=2)
     finally:
         keras.config.set_dtype_policy("float32")
     assert heads[-1].outputs[1].dtype == "bfloat16"
-    for head in heads:
+    for head in (*heads, mlp):
         assert head(_features(), training=True)[-1].dtype == tf.float32
     assert classifier(_features()).dtype == tf.float32
 
@@ -146,3 +149,137 @@ def test_outputs_are_float32_in_mixed_precision():
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         model.projection_head(input_dim=FEATURES, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("norm", "norms", "biases"),
+    [("none", 0, 0), ("hidden", 2, 2), ("all", 3, 0)],
+)
+def test_mlp_has_the_layers_of_its_norm(norm, norms, biases):
+    head = model.mlp_head(
+        input_dim=FEATURES, hidden_dims=(5, 7), out_dim=3, norm=norm
+    )
+    names = [v.name for v in head.weights]
+    assert names.count("gamma") == norms
+    assert names.count("bias") == biases
+    kernels = [v.shape for v in head.weights if v.name == "kernel"]
+    assert kernels == [(FEATURES, 5), (5, 7), (7, 3)]
+    hiddens = head(_features(), training=True)
+    assert [h.shape[1] for h in hiddens] == [FEATURES, 5, 7, 3]
+    # ReLU after every layer but the last.
+    assert min(float(tf.reduce_min(h)) for h in hiddens[1:-1]) == 0
+    assert float(tf.reduce_min(hiddens[-1])) < 0
+
+
+def _architecture(**fields):
+    return model.Architecture(
+        **{
+            "resnet_depth": 10,
+            "width_multiplier": 0.125,
+            "stem": "cifar",
+            "padding": "same",
+            "sk_ratio": 0.0,
+            "se_ratio": 0.0,
+            "zero_init_residual": False,
+            "global_bn": True,
+            "batch_norm_decay": 0.9,
+            "channels": 3,
+            "image_mean": (),
+            "image_std": (),
+            "proj_head_mode": "mlp",
+            "proj_hidden_dim": (16,),
+            "proj_out_dim": 8,
+            "num_proj_layers": 2,
+            "ft_proj_selector": 0,
+            "num_classes": 0,
+            "zero_init_logits_layer": False,
+            **fields,
+        }
+    )
+
+
+def test_the_target_starts_as_a_copy_and_follows_by_its_decay():
+    networks = model.build_networks(
+        _architecture(target_network=True, predictor=True)
+    )
+    targets = [networks.target_encoder, networks.target_projection]
+    online = [networks.encoder, networks.projection]
+    for average, network in zip(targets, online, strict=True):
+        for a, b in zip(average.weights, network.weights, strict=True):
+            np.testing.assert_array_equal(a, b)
+        network.set_weights([w + 1.0 for w in network.get_weights()])
+    before = [w.numpy() for t in targets for w in t.trainable_variables]
+    networks.update_target(tf.constant(0.75))
+    after = [w.numpy() for t in targets for w in t.trainable_variables]
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_allclose(b, a + 0.25, rtol=1e-5, atol=1e-6)
+    # Statistics are the target's own.
+    for target in targets:
+        for variable in target.non_trainable_variables:
+            assert set(np.unique(variable)) <= {0.0, 1.0}
+
+
+def test_target_embeddings_have_no_gradient_and_statistics_of_their_own():
+    networks = model.build_networks(_architecture(target_network=True))
+    images = tf.random.stateless_uniform([4, 16, 16, 3], [0, 1])
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(networks.target_embeddings(images))
+    variables = networks.target_encoder.trainable_variables
+    assert tape.gradient(loss, variables) == [None] * len(variables)
+    norm = networks.target_encoder.get_layer("initial_bn")
+    assert np.any(norm.moving_variance.numpy() != 1)
+    norm = networks.encoder.get_layer("initial_bn")
+    assert np.all(norm.moving_variance.numpy() == 1)
+
+
+def test_queue_is_first_in_first_out():
+    rng = np.random.default_rng(0)
+    queue = model.LabelledQueue(2, 7, 3)
+    expected = []  # (label, id, embeddings of both views), oldest first
+    for step in range(6):
+        z = rng.normal(size=(2, 5, 3)).astype("f")
+        labels = rng.integers(-1, 3, 5).astype("int32")
+        ids = np.arange(5) + 10 * step
+        embeddings, stored_labels, stored_ids = (
+            np.array(x)
+            for x in queue.push(
+                tf.constant(z), tf.constant(labels), tf.constant(ids)
+            )
+        )
+        for row in range(5):
+            if labels[row] >= 0:
+                expected.append((labels[row], ids[row], z[:, row]))
+        expected = expected[-7:]
+        by_id = dict(zip(stored_ids, range(7), strict=True))
+        assert set(by_id) - {-1} == {entry[1] for entry in expected}
+        for label, example, embedding in expected:
+            slot = by_id[example]
+            assert stored_labels[slot] == label
+            np.testing.assert_array_equal(embeddings[:, slot], embedding)
+        np.testing.assert_array_equal(queue.ids, stored_ids)
+        np.testing.assert_array_equal(queue.embeddings, embeddings)
+
+
+def test_a_queue_smaller_than_a_batch_is_refused():
+    queue = model.LabelledQueue(1, 2, 3)
+    with pytest.raises(ValueError, match="a batch of 4"):
+        queue.push(
+            tf.zeros([1, 4, 3]), tf.zeros([4], "int32"), tf.zeros([4], "int64")
+        )
+
+
+@pytest.mark.slow
+def test_efficientnet_has_global_batch_norm_and_nothing_random():
+    network = model.build_encoder(_architecture(encoder="efficientnet_v2_s"))
+    kinds = {type(layer) for layer in network.layers}
+    assert resnet.GlobalBatchNorm in kinds
+    assert not kinds & {keras.layers.BatchNormalization, keras.layers.Dropout}
+    # Keras's own, without its classifier.
+    assert network.count_params() == 20_331_360
+    images = tf.random.stateless_uniform([8, 96, 96, 3], [0, 1])
+    state = network.get_weights()
+    first = network(images, training=True)
+    network.set_weights(state)
+    second = network(images, training=True)
+    assert first.shape == (8, 1280)
+    np.testing.assert_array_equal(first, second)

@@ -12,6 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoint
+import experiment
 import methods
 import run
 import trainer
@@ -220,9 +221,85 @@ def test_gpu_script_is_the_recipe_of_the_rpc_paper():
 @pytest.mark.parametrize("objective", methods.METHODS)
 def test_unset_flags_take_the_objective_s_defaults(objective):
     settings, sources = _parse(f"run.py --objective={objective}")
-    for name, value in methods.METHODS[objective].defaults.items():
+    method = methods.METHODS[objective]
+    for name, value in method.defaults.items():
         assert getattr(settings, name) == value
         assert sources[name] == objective
+
+
+# Of filipbasara0/relic's README, in the words of this program.
+_RELIC_TRAIN = [
+    """run.py --preset=relic_pytorch_cifar10 --gamma=0.99 --alpha=1.0
+    --mixed_precision""",
+    """run.py --preset=relic_pytorch_stl10 --use_siglip
+    --update_gamma_after_step=1 --update_gamma_every_n_steps=1""",
+]
+
+
+def test_presets_are_of_flags_and_the_command_line_wins():
+    for preset, values in methods.PRESETS.items():
+        settings, sources = _parse(f"run.py --preset={preset} --seed=3")
+        for name, value in values.items():
+            assert getattr(settings, name) == value, (preset, name)
+            assert sources[name] == f"preset {preset}"
+        assert settings.seed == 3
+    settings, _ = _parse("run.py --preset=byol_300 --train_epochs=7")
+    assert (settings.train_epochs, settings.objective) == (7, "byol")
+
+
+def test_relic_train_s_options_have_a_flag():
+    cifar10, _ = _parse(_RELIC_TRAIN[0])
+    assert cifar10.objective == "relic"
+    assert cifar10.target_decay == 0.99
+    assert cifar10.mixed_precision
+    assert (cifar10.num_large_views, cifar10.num_small_views) == (2, 4)
+    stl10, _ = _parse(_RELIC_TRAIN[1])
+    assert stl10.objective == "siglip"
+    assert stl10.optimizer == "adam"
+    assert stl10.kl_form == "transpose_reversed"
+
+
+def test_relic_without_a_target_is_the_paper_s_first_variant():
+    settings, _ = _parse("run.py --objective=relic --target_network=false")
+    assert settings.proj_hidden_dim == (4096, 2048, 1024, 512)
+    assert settings.proj_out_dim == 128
+    assert settings.temperature == 0.1
+    assert not settings.predictor
+    architecture = experiment.make_architecture(_sized(settings), 10)
+    assert not architecture.target_network
+    assert not architecture.predictor
+
+
+def _sized(settings):
+    """What the data says."""
+    settings.image_size = settings.image_size or 32
+    settings.small_image_size = settings.small_image_size or 16
+    settings.channels, settings.stem = 3, "cifar"
+    settings.queue_size = settings.queue_size or 64
+    return settings
+
+
+def test_views_alternate_and_only_large_ones_lose_their_background():
+    settings, _ = _parse(
+        "run.py --objective=relicv2 --saliency=spectral --num_large_views=3"
+    )
+    views = experiment.make_views(_sized(settings))
+    assert [view.size for view in views] == [32, 32, 32, 16, 16]
+    assert [view.blur_probability for view in views] == [1, 0.1, 1, 0.1, 0.1]
+    assert [v.mask_probability for v in views] == [0.1, 0.1, 0.1, 0, 0]
+    assert views[3].crop_area == (0.05, 0.14)
+    # Nothing to remove it by.
+    settings, _ = _parse("run.py --objective=relicv2")
+    for view in experiment.make_views(_sized(settings)):
+        assert view.mask_probability == 0
+
+
+def test_only_semppl_has_a_queue():
+    for objective in ("semppl", "relicv2"):
+        settings, _ = _parse(f"run.py --objective={objective}")
+        architecture = experiment.make_architecture(_sized(settings), 10)
+        expected = (4, 64, 256) if objective == "semppl" else ()
+        assert architecture.queue_shape == expected
 
 
 def test_the_command_line_wins():
@@ -274,6 +351,37 @@ def test_a_flag_of_another_objective_is_reported(monkeypatch):
         ("--dataset=photo_patches --model_dir=/proc/x", "/proc/x"),
         ("--dataset=photo_patches --use_tpu", "No TPU"),
         ("--dataset=photo_patches --temperature=0", "temperature"),
+        ("--dataset=photo_patches --num_small_views=1", "two large views"),
+        (
+            "--dataset=photo_patches --objective=byol --num_large_views=1",
+            "two views",
+        ),
+        (
+            "--dataset=photo_patches --objective=rpc --use_siglip",
+            "--objective=relic",
+        ),
+        (
+            "--dataset=photo_patches --objective=semppl --queue_size=9",
+            "queue",
+        ),
+        (
+            "--dataset=photo_patches --objective=semppl "
+            "--labels_per_class=5 --labelled_fraction=0.1",
+            "both choose",
+        ),
+        (
+            "--dataset=photo_patches --objective=semppl "
+            "--labels_per_class=100000",
+            "100000",
+        ),
+        (
+            "--dataset=photo_patches --objective=relicv2 --mask_dir=/nowhere",
+            "/nowhere",
+        ),
+        (
+            "--dataset=photo_patches --objective=relicv2 --temperature=-1",
+            "temperature",
+        ),
     ],
 )
 def test_bad_input_is_one_error_before_any_compute(

@@ -123,6 +123,23 @@ def test_ema_decay_ends_at_one_and_stays():
     assert schedules.ema_decay(15, 10, 0.9) == 1
 
 
+def test_ema_decay_copies_first_and_rests_between_updates():
+    decays = [
+        float(schedules.ema_decay(step, 100, 0.9, copy_until=2, every=3))
+        for step in range(7)
+    ]
+    assert decays[:3] == [0, 0, 0]
+    assert decays[4:6] == [1, 1]
+    for step in (3, 6):
+        assert decays[step] == schedules.ema_decay(step, 100, 0.9)
+
+
+def test_without_decay_the_peak_is_kept():
+    schedule = schedules.WarmupCosine(2.0, 10, 50, decay=False)
+    rates = [float(schedule(step)) for step in (0, 5, 10, 49, 50, 1000)]
+    assert rates == [0, 1, 2, 2, 2, 2]
+
+
 def test_config_has_every_argument():
     schedule = schedules.WarmupCosine(2.0, warmup_steps=10, total_steps=50)
     config = schedule.get_config()
