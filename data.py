@@ -274,8 +274,8 @@ def train_stream(
         labelled_ids: ids of which every batch is to hold so many, arrays and
             image files only. They and the other examples are then shuffled,
             and have epochs, separately.
-        labelled_per_batch: how many, L, of all replicas together: the first
-            `L / num_replicas` rows of each replica. 0 without `labelled_ids`.
+        labelled_per_batch: how many, of all replicas together, evenly spread
+            over the rows. 0 without `labelled_ids`.
 
     Returns:
         Dictionaries, with `b = batch_size / num_replicas`, of
@@ -377,17 +377,14 @@ def _with_labelled(
     _check_ids(dataset, "labelled_ids", labelled)
     unlabelled = np.setdiff1d(dataset.example_ids, labelled)
     others = plan.batch_size - labelled_per_batch
-    if (
-        not 0 < labelled_per_batch <= len(labelled)
-        or not 0 < others <= len(unlabelled)
-        or labelled_per_batch % plan.num_replicas
+    if not 0 < labelled_per_batch <= len(labelled) or not 0 < others <= len(
+        unlabelled
     ):
         raise ValueError(
-            "`labelled_per_batch` must be a positive multiple of "
-            "`num_replicas`, less than `batch_size`, and there must be as many "
-            "labelled, and other, examples as in a batch. Received: "
+            "`labelled_per_batch` must be positive, less than `batch_size`, "
+            "and there must be as many labelled, and other, examples as in a "
+            "batch. Received: "
             f"labelled_per_batch={labelled_per_batch}, "
-            f"num_replicas={plan.num_replicas}, "
             f"batch_size={plan.batch_size}, of {len(labelled)} labelled and "
             f"{len(unlabelled)} other examples."
         )
@@ -464,9 +461,9 @@ class _Plan:
     first_step: int = 0
     num_steps: int = 0  # without a seed: as many as the epoch takes
     ids: np.ndarray | None = None  # of the examples; None: their numbers
-    # Examples not in `ids`, of which each replica's rows start with some.
+    # Examples not in `ids`, of which every batch has some.
     labelled_ids: np.ndarray | None = None
-    labelled_per_batch: int = 0  # of all replicas
+    labelled_per_batch: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size <= 0 or self.batch_size % self.num_replicas:
@@ -502,21 +499,21 @@ class _Plan:
         """Returns the id, int64, and the epoch, int32, at a position."""
         if not self.labelled_per_batch:
             return self._draw(position, _EXAMPLE_ORDER, self.ids)
+        # Spread over the batch, whatever replicas it is divided among.
         step, row = position // self.batch_size, position % self.batch_size
-        replica, place = row // self.rows, row % self.rows
-        count = self.labelled_per_batch // self.num_replicas
-
-        def draw(place: tf.Tensor, count: int, *pool: Any) -> Any:
-            # `count` examples of the pool for each replica, at each step.
-            number = (step * self.num_replicas + replica) * count + place
-            return self._draw(tf.maximum(number, 0), *pool)
-
-        labelled = draw(place, count, _LABELLED_ORDER, self.labelled_ids)
-        others = draw(
-            place - count, self.rows - count, _EXAMPLE_ORDER, self.ids
+        count = self.labelled_per_batch
+        before = row * count // self.batch_size
+        is_labelled = (row + 1) * count // self.batch_size > before
+        labelled = self._draw(
+            step * count + before, _LABELLED_ORDER, self.labelled_ids
+        )
+        others = self._draw(
+            step * (self.batch_size - count) + row - before,
+            _EXAMPLE_ORDER,
+            self.ids,
         )
         return tuple(
-            tf.where(place < count, one, other)
+            tf.where(is_labelled, one, other)
             for one, other in zip(labelled, others, strict=True)
         )
 

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing import (
 
 import methods
 import run
+import trainer
 
 _ROOT = pathlib.Path(run.__file__).parent
 _SMALL = [
@@ -345,3 +346,69 @@ def test_the_other_kinds_of_step_train(objective, tmp_path):
 
 def test_every_objective_has_a_row_and_an_alias_points_to_one():
     assert set(methods.ALIASES.values()) <= set(methods.METHODS)
+
+
+@pytest.fixture
+def semppl(tmp_path, monkeypatch):
+    """Runs SemPPL, all of its draws and memories, to step 8; maybe in two."""
+
+    def train(name, *stops):
+        words = [
+            f"--model_dir={tmp_path / name}",
+            *_SMALL,
+            "--objective=semppl",
+            "--labels_per_class=100",
+            "--saliency=spectral",
+            "--mask_probability=0.5",
+            "--num_large_views=2",
+            "--num_small_views=1",
+            "--proj_hidden_dim=16",
+            "--queue_size=40",
+            "--steps_per_loop=1",
+            "--train_summary_steps=1",
+            "--train_steps=8",
+        ]
+        original = trainer.train
+        for stop in stops:
+
+            def stopping(*arguments, stop=stop):
+                calls = iter(range(1, 100))
+                original(*arguments[:-1], lambda: next(calls) == stop)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(trainer, "train", stopping)
+                patched.setattr(run._Signals, "received", signal.SIGTERM)
+                assert _main(*words) == 128 + signal.SIGTERM
+        assert _main(*words) == 0
+        return tmp_path / name
+
+    return train
+
+
+def test_resuming_restores_queue_target_and_draws(semppl):
+    got, expected = semppl("stopped", 5), semppl("whole")
+    states = [_tensors(directory, 8) for directory in (got, expected)]
+    assert set(states[0]) == set(states[1])
+    groups = {name.split("/")[0] for name in states[0]}
+    assert {"queue", "target_encoder", "target_projection"} <= groups
+    for name, value in states[1].items():
+        np.testing.assert_array_equal(states[0][name], value, name)
+    scalars, expected_scalars = _scalars(got)[0], _scalars(expected)[0]
+    for name in (
+        "pseudo_label_accuracy",
+        "vote_share",
+        "vote_agreement",
+        "queue_fill",
+        "semantic_positive_share",
+        "target_decay",
+    ):
+        points = expected_scalars[f"train/{name}"]
+        assert [step for step, _ in points] == list(range(1, 9))
+        assert scalars[f"train/{name}"] == points
+    # Once there are labelled images in the queue, everything is voted on.
+    assert expected_scalars["train/vote_share"][-1][1] > 0.9
+    filled = [share for _, share in expected_scalars["train/queue_fill"]]
+    assert 0 < filled[0] <= filled[-1] <= 1
+    # Evaluation can use the same labels.
+    ids = (expected / "labelled_ids.txt").read_text().split()
+    assert len(ids) == 100 * 16
