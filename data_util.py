@@ -15,7 +15,6 @@ as the innermost axis would leave most lanes of a vector unit idle.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -286,12 +285,22 @@ def augment(
     draws = uniform(keys[:, tf.newaxis], tf.range(_CROP))
     flips = draws[:, _FLIP] < augmentation.flip_probability
     x = _crop_and_flip(x, keys, flips, augmentation)
-    # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip
-    # after the first colour operation, or to the one before the blur.
-    x = _random_color(x, draws, augmentation)
-    x = _random_blur(x, draws, augmentation)
-    x = _random_solarize(x, draws, augmentation)
-    return tf.transpose(x, [0, 2, 3, 1])
+    size, channels = augmentation.size, x.shape[1]
+    x = _color_jitter(
+        tf.reshape(x, [-1, channels, size**2]), draws, augmentation
+    )
+    # The blur, a sum of pixels, commutes with the loss of colour, a sum of
+    # channels; a product with the latter's matrix also moves channels last.
+    x = _random_blur(
+        tf.reshape(x, [-1, channels, size, size]), draws, augmentation
+    )
+    x = tf.matmul(
+        tf.reshape(x, [-1, channels, size**2]),
+        _gray_matrix(draws, channels, augmentation),
+        transpose_a=True,
+    )
+    x = tf.reshape(x, [-1, size, size, channels])
+    return _random_solarize(x, draws, augmentation)
 
 
 def eval_images(
@@ -519,19 +528,15 @@ def _per_image(x: tf.Tensor) -> tf.Tensor:
     return x[:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
-# Colour. Functions of planes: a list of float32 `[batch, pixels]`, one for
-# each channel of square images. XLA makes one loop of a chain of operations
-# on planes; on stacked channels, each operation would be a loop of its own,
-# and write its result to memory.
+# Colour, blur, solarize. On a CPU, XLA takes `tf.maximum` and `tf.minimum` for
+# several instructions each, because of NaN, and a `tf.where` for one.
 
 
 def _larger(x: Any, y: Any) -> tf.Tensor:
-    """Returns the maximum; unlike `tf.maximum`, at no cost for NaN on a CPU."""
     return tf.where(x > y, x, y)
 
 
 def _smaller(x: Any, y: Any) -> tf.Tensor:
-    """Returns the minimum, see `_larger`."""
     return tf.where(x < y, x, y)
 
 
@@ -540,216 +545,125 @@ def _clip(x: tf.Tensor) -> tf.Tensor:
     return _smaller(_larger(x, 0.0), 1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Operation:
-    """A colour operation and what each image of the batch draws for it.
-
-    Attributes:
-        function: `function(planes, amount)` -> planes.
-        amount: float32 `[batch, 1]`.
-        order: float32 as `amount`; the lowest goes first.
-        active: bool as `amount`; where False the image stays as it is.
-    """
-
-    function: Callable[[list[tf.Tensor], tf.Tensor], list[tf.Tensor]]
-    amount: tf.Tensor
-    order: tf.Tensor
-    active: tf.Tensor
-
-    def __call__(self, planes: list[tf.Tensor]) -> list[tf.Tensor]:
-        changed = self.function(planes, self.amount)
-        return [
-            tf.where(self.active, _clip(new), old)
-            for new, old in zip(changed, planes, strict=True)
-        ]
-
-    def where(self, condition: tf.Tensor) -> "_Operation":
-        """Returns the operation, active on fewer images."""
-        return dataclasses.replace(self, active=self.active & condition)
-
-
-def _random_color(
+def _color_jitter(
     x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
-    """Returns `x` in [0, 1], after colour jitter and loss of colour."""
-    _, channels, height, width = x.shape
-    planes = tf.reshape(x, [-1, channels, height * width])
-    planes = tf.unstack(planes, axis=1)
-    planes = _color_jitter(planes, draws, augmentation)
-    x = tf.stack(planes, axis=1)
-    # A product even where no image can lose its colour: it also keeps XLA from
-    # computing the colours in the order of the output, three at a time.
-    x = tf.matmul(_gray_matrix(draws, channels, augmentation), x)
-    x = tf.reshape(x, [-1, channels, height, width])
-    return tf.clip_by_value(x, 0.0, 1.0)
+    """Returns `[batch, channels, pixels]` after the four colour operations.
 
-
-def _color_jitter(
-    planes: list[tf.Tensor], draws: tf.Tensor, augmentation: Augmentation
-) -> list[tf.Tensor]:
-    """Returns planes after the colour operations, in random order."""
+    Hue and saturation commute, and stay in [0, 1]; brightness and contrast are
+    affine. So every order of the four is one of before, between and after two
+    affine functions, for the hue and for the saturation; where it is not its
+    turn, an operation gets an amount that changes nothing.
+    """
     b, c = augmentation.brightness, augmentation.contrast
     s, h = augmentation.saturation, augmentation.hue
-    brighten: Callable = _scale_brightness
-    b_range = (max(1.0 - b, 0.0), 1.0 + b)
+    draws = draws[:, :, tf.newaxis, tf.newaxis]
+    jitters = draws[:, _JITTER] < augmentation.jitter_probability
+
+    def amount(draw: int, low: float, high: float, none: float) -> tf.Tensor:
+        return tf.where(jitters, low + draws[:, draw] * (high - low), none)
+
+    scale, offset = tf.ones_like(jitters, tf.float32), 0.0
     if augmentation.brightness_mode == "additive":
-        brighten, b_range = _add_brightness, (-b, b)
+        offset = amount(_BRIGHTNESS, -b, b, 0.0)
+    else:
+        scale = amount(_BRIGHTNESS, max(1.0 - b, 0.0), 1.0 + b, 1.0)
+    contrast = amount(_CONTRAST, 1.0 - c, 1.0 + c, 1.0)
+    saturation = amount(_SATURATION, 1.0 - s, 1.0 + s, 1.0)
+    hue = amount(_HUE, -h, h, 0.0)
 
-    # From what is best done once to what is best done eight times, measured,
-    # see `_in_random_order`. Contrast needs all of the image before it.
-    table = [
-        (c, _CONTRAST, _scale_contrast, (1.0 - c, 1.0 + c)),
-        (h, _HUE, _shift_hue, (-h, h)),
-        (s, _SATURATION, _scale_saturation, (1.0 - s, 1.0 + s)),
-        (b, _BRIGHTNESS, brighten, b_range),
-    ]
-    for_any_channels = (_scale_contrast, brighten)
-    draws = draws[:, :, tf.newaxis]
-    operations = [
-        _Operation(
-            function=function,
-            amount=low + draws[:, draw] * (high - low),
-            order=draws[:, _ORDER + draw],
-            active=draws[:, _JITTER] < augmentation.jitter_probability,
+    places = (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)
+    at_brightness, at_contrast, at_saturation, at_hue = (
+        draws[:, _ORDER + draw] for draw in places
+    )
+    brightness_first = at_brightness < at_contrast
+    first = _smaller(at_brightness, at_contrast)
+    second = _larger(at_brightness, at_contrast)
+
+    def adjust_hue_and_saturation(x: tf.Tensor, turn: int) -> tf.Tensor:
+        if x.shape[1] != 3 or s == h == 0:
+            return x
+        hue_turn, saturation_turn = (
+            tf.cast(at > first, tf.int32) + tf.cast(at > second, tf.int32)
+            for at in (at_hue, at_saturation)
         )
-        for strength, draw, function, (low, high) in table
-        if strength > 0 and (len(planes) == 3 or function in for_any_channels)
-    ]
-    return _in_random_order(planes, operations)
+        return _adjust_hue_and_saturation(
+            x,
+            tf.where(hue_turn == turn, hue, 0.0),
+            tf.where(saturation_turn == turn, saturation, 1.0),
+        )
+
+    # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip after
+    # the first operation.
+    x = adjust_hue_and_saturation(_clip(x), 0)
+    for turn, is_brightness in enumerate((brightness_first, ~brightness_first)):
+        mean = tf.reduce_mean(x, axis=2, keepdims=True)
+        x = _clip(
+            tf.where(is_brightness, scale, contrast) * x
+            + tf.where(is_brightness, offset, (1.0 - contrast) * mean)
+        )
+        x = adjust_hue_and_saturation(x, turn + 1)
+    return x
 
 
-def _in_random_order(
-    planes: list[tf.Tensor], operations: list[_Operation]
-) -> list[tf.Tensor]:
-    """Applies each operation once to each image, in the image's own order.
+def _adjust_hue_and_saturation(
+    x: tf.Tensor, shift: tf.Tensor, factor: tf.Tensor
+) -> tf.Tensor:
+    """As `tf.image.adjust_hue` and `adjust_saturation`, in either order.
 
-    Every image goes through the same sequence: the others, the first, the
-    others again. One of the others is active before the first where its order
-    is lower, and after it elsewhere. So the first operation is computed
-    once, the second twice, the third four times ..., whatever the orders are.
+    `x` is `[batch, 3, pixels]` in [0, 1], and so is the result; hue is shifted
+    by full circles, at most half of one, and HSV saturation scaled, to at most
+    1. `shift` and `factor` are `[batch, 1, 1]`.
     """
-    if not operations:
-        return planes
-    first, *others = operations
-    before = [other.where(other.order < first.order) for other in others]
-    after = [other.where(other.order >= first.order) for other in others]
-    planes = _in_random_order(planes, before)
-    return _in_random_order(first(planes), after)
+    pixels = x.shape[2]
+    # Slices of a reshaped image: of a stacked one, XLA would compute each of
+    # the planes again wherever it is used.
+    flat = tf.reshape(x, [-1, 3 * pixels])
+    red, green, blue = tf.split(flat, 3, axis=1)
+    shift, factor = shift[:, 0], factor[:, 0]
 
-
-# The operations take `planes` and, for each image, an amount `[batch, 1]`.
-# Nothing is clipped; all but brightness and contrast need three channels.
-
-
-def _scale_brightness(
-    planes: list[tf.Tensor], factor: tf.Tensor
-) -> list[tf.Tensor]:
-    """Returns planes, brighter by a factor."""
-    return [plane * factor for plane in planes]
-
-
-def _add_brightness(
-    planes: list[tf.Tensor], delta: tf.Tensor
-) -> list[tf.Tensor]:
-    """Returns planes, brighter by a number."""
-    return [plane + delta for plane in planes]
-
-
-def _scale_contrast(
-    planes: list[tf.Tensor], factor: tf.Tensor
-) -> list[tf.Tensor]:
-    """As `tf.image.adjust_contrast`: scales the distance from the mean."""
-    # Sums of rows first: XLA's loop for the sum of a whole plane is slow.
-    side = math.isqrt(planes[0].shape[1])
-    means = []
-    for plane in planes:
-        row_sums = tf.reduce_sum(tf.reshape(plane, [-1, side, side]), axis=1)
-        means.append(tf.reduce_sum(row_sums, 1, keepdims=True) / side**2)
-    return [
-        mean + factor * (plane - mean)
-        for mean, plane in zip(means, planes, strict=True)
-    ]
-
-
-def _scale_saturation(
-    planes: list[tf.Tensor], factor: tf.Tensor
-) -> list[tf.Tensor]:
-    """As `tf.image.adjust_saturation`: scales HSV saturation, to at most 1.
-
-    A colour keeps its largest channel, and the other two move away from it in
-    proportion; they reach 0 where saturation is 1.
-    """
-    value, chroma = _value_and_chroma(planes)
-    factor = _smaller(factor, tf.math.divide_no_nan(value, chroma))
-    factor = _larger(factor, 0.0)
-    return [value + factor * (plane - value) for plane in planes]
-
-
-def _shift_hue(planes: list[tf.Tensor], shift: tf.Tensor) -> list[tf.Tensor]:
-    """As `tf.image.adjust_hue`: shifts HSV hue by full circles."""
-    red, green, blue = planes
-    value, chroma = _value_and_chroma(planes)
+    value = _larger(_larger(red, green), blue)
+    chroma = value - _smaller(_smaller(red, green), blue)
     # Hue in sixths of the circle: an offset for the largest channel, and a
     # position between the other two.
     red_is_max, green_is_max = red >= value, green >= value
     offset = tf.where(red_is_max, 0.0, tf.where(green_is_max, 2.0, 4.0))
     difference = tf.where(green_is_max, blue - red, red - green)
     difference = tf.where(red_is_max, green - blue, difference)
-    hue = offset + tf.math.divide_no_nan(difference, chroma) + 6.0 * shift
-    # `tf.math.floormod` would take longer than all the rest of this.
-    hue -= 6.0 * tf.floor(hue / 6.0)
-    shares = (
-        tf.abs(hue - 3.0) - 1.0,
-        2.0 - tf.abs(hue - 2.0),
-        2.0 - tf.abs(hue - 4.0),
+    # A chroma of 0 has a difference of 0.
+    hue = offset + 6.0 * shift + difference / _larger(chroma, 1e-20)
+
+    # How far each channel is below the value, relative to the chroma: 0 up to
+    # a sixth from its own hue, 1 from two sixths on. Exact for -4 <= hue <= 8,
+    # without that `hue` would have to be wrapped to [0, 6).
+    chroma = _smaller(factor * chroma, value)
+    depths = (
+        tf.abs(tf.abs(hue - 3.0) - 3.0) - 1.0,
+        2.0 - tf.abs(tf.abs(hue - 2.0) - 3.0),
+        tf.abs(tf.abs(hue - 1.0) - 3.0) - 1.0,
     )
-    smallest = value - chroma
-    return [smallest + chroma * _clip(share) for share in shares]
-
-
-def _value_and_chroma(
-    planes: list[tf.Tensor],
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the largest of three planes, and its distance to the smallest."""
-    red, green, blue = planes
-    value = _larger(_larger(red, green), blue)
-    return value, value - _smaller(_smaller(red, green), blue)
-
-
-def _gray_matrix(
-    draws: tf.Tensor, channels: int, augmentation: Augmentation
-) -> tf.Tensor:
-    """Returns `[batch, channels, channels]`: identity, or what makes gray."""
-    identity = tf.eye(channels)
-    fades = draws[:, _GRAYSCALE] < augmentation.grayscale_probability
-    # The weights of `tf.image.rgb_to_grayscale`.
-    luma = tf.constant([0.2989, 0.5870, 0.1140]) if channels == 3 else identity
-    return tf.where(fades[:, tf.newaxis, tf.newaxis], luma, identity)
-
-
-# Blur, solarize.
+    return tf.stack([value - chroma * _clip(d) for d in depths], axis=1)
 
 
 def _gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
-    """Returns blurred images; outside of the image is black.
+    """Returns blurred `[batch, channels, size, size]`; around it is black.
 
     `sigma`, float32 `[batch]`, and `radius`, where the Gaussian is cut off,
-    are in pixels; the weights within have a sum of 1. At 224 pixels, the
-    products with matrices take 0.8 times as long on a CPU as 46 shifted sums.
+    are in pixels; the weights within have a sum of 1.
     """
-    rows, columns = (_blur_matrix(sigma, radius, n) for n in x.shape[2:])
-    return _separable(tf.transpose(x, [0, 2, 3, 1]), rows, columns)
-
-
-def _blur_matrix(sigma: tf.Tensor, radius: int, length: int) -> tf.Tensor:
-    """Returns Gaussian band matrices, float32 `[batch, length, length]`."""
+    size = x.shape[3]
+    pixel = tf.range(size, dtype=tf.float32)
+    distance = pixel - pixel[:, tf.newaxis]
     sigma = sigma[:, tf.newaxis, tf.newaxis]
     taps = tf.range(-radius, radius + 1, dtype=tf.float32)
     total = tf.reduce_sum(_gaussian(taps, sigma), axis=-1, keepdims=True)
-    pixel = tf.range(length, dtype=tf.float32)
-    distance = tf.abs(pixel - pixel[:, tf.newaxis])
-    weights = tf.where(distance <= radius, _gaussian(distance, sigma), 0.0)
-    return weights / total
+    weights = tf.where(
+        tf.abs(distance) <= radius, _gaussian(distance, sigma) / total, 0.0
+    )
+    # A band matrix, and symmetric. At 224 pixels, these products take two
+    # thirds of the time of 46 shifted sums.
+    weights = weights[:, tf.newaxis]
+    return tf.matmul(tf.matmul(weights, x), weights)
 
 
 def _gaussian(distance: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
@@ -764,12 +678,28 @@ def _random_blur(
     radius = augmentation.size // 20
     if augmentation.blur_probability == 0 or radius == 0:
         return x
-    blurs = _per_image(draws[:, _BLUR] < augmentation.blur_probability)
+    blurs = draws[:, _BLUR] < augmentation.blur_probability
     low, high = augmentation.blur_sigma
     sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
     blurred = _gaussian_blur(x, sigma, radius)
     # Rounding may exceed 1 by a last digit.
-    return tf.where(blurs, tf.minimum(blurred, 1.0), x)
+    return tf.where(_per_image(blurs), _smaller(blurred, 1.0), x)
+
+
+def _gray_matrix(
+    draws: tf.Tensor, channels: int, augmentation: Augmentation
+) -> tf.Tensor:
+    """Returns `[batch, channels, channels]`: identity, or what makes gray.
+
+    Its columns are the weights of the channels that go into a new channel.
+    """
+    identity = tf.eye(channels)
+    if channels != 3:
+        return identity[tf.newaxis]
+    fades = draws[:, _GRAYSCALE] < augmentation.grayscale_probability
+    # The weights of `tf.image.rgb_to_grayscale`.
+    luma = tf.constant([[0.2989], [0.5870], [0.1140]])
+    return tf.where(fades[:, tf.newaxis, tf.newaxis], luma, identity)
 
 
 def _random_solarize(
