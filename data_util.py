@@ -15,6 +15,7 @@ as the innermost axis would leave most lanes of a vector unit idle.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,7 @@ class Augmentation:
                 f"`brightness_mode` must be one of {BRIGHTNESS_MODES}. "
                 f"Received: {self.brightness_mode!r}"
             )
-        limits = {"brightness": float("inf"), "hue": 0.5}
+        limits = {"brightness": math.inf, "hue": 0.5, "crop_area": 1.0}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             limit = limits.get(field.name, 1.0)
@@ -114,10 +115,9 @@ class Augmentation:
                     f"`{field.name}` must be between 0 and {limit}. "
                     f"Received: {value}"
                 )
-        limits = {"crop_area": 1.0}
         for name in ("crop_area", "crop_aspect", "blur_sigma"):
             low, high = getattr(self, name)
-            limit = limits.get(name, float("inf"))
+            limit = limits.get(name, math.inf)
             if not 0 < low <= high <= limit:
                 raise ValueError(
                     f"`{name}` must hold 0 < smallest <= largest <= {limit}. "
@@ -283,24 +283,30 @@ def augment(
     """
     x = tf.image.convert_image_dtype(images, tf.float32)
     draws = uniform(keys[:, tf.newaxis], tf.range(_CROP))
+    draws = draws[:, :, tf.newaxis, tf.newaxis, tf.newaxis]
     flips = draws[:, _FLIP] < augmentation.flip_probability
-    x = _crop_and_flip(x, keys, flips, augmentation)
-    size, channels = augmentation.size, x.shape[1]
-    x = _color_jitter(
-        tf.reshape(x, [-1, channels, size**2]), draws, augmentation
-    )
+    size = augmentation.size
+    _, height, width, _ = x.shape
+    if augmentation.crop:
+        boxes = random_crop_boxes(keys, height, width, augmentation)
+        x = _crop_and_resize(x, boxes, size, flips)
+    elif (height, width) == (size, size):
+        x = tf.where(flips, tf.reverse(x, [2]), x)
+        x = tf.transpose(x, [0, 3, 1, 2])
+    else:
+        raise ValueError(
+            f"Without `crop`, images must be {size} x {size} pixels. "
+            f"Received: {height} x {width}"
+        )
+    x = _color_jitter(x, draws, augmentation)
     # The blur, a sum of pixels, commutes with the loss of colour, a sum of
-    # channels; a product with the latter's matrix also moves channels last.
-    x = _random_blur(
-        tf.reshape(x, [-1, channels, size, size]), draws, augmentation
-    )
-    x = tf.matmul(
-        tf.reshape(x, [-1, channels, size**2]),
-        _gray_matrix(draws, channels, augmentation),
-        transpose_a=True,
-    )
-    x = tf.reshape(x, [-1, size, size, channels])
-    return _random_solarize(x, draws, augmentation)
+    # channels.
+    x = _random_blur(x, draws, augmentation)
+    x = _random_gray(x, draws, augmentation)
+    if augmentation.solarize_probability > 0:
+        solarizes = draws[:, _SOLARIZE] < augmentation.solarize_probability
+        x = tf.where(solarizes & (x >= 0.5), 1.0 - x, x)
+    return x
 
 
 def eval_images(
@@ -362,39 +368,12 @@ def random_crop_boxes(
     """
     full_height = tf.cast(height, tf.float32)
     full_width = tf.cast(width, tf.float32)
+    full_area = full_height * full_width
+    min_area, max_area = (s * full_area for s in augmentation.crop_area)
     draws = _CROP + 4 * tf.range(_CROP_ATTEMPTS)
     keys = keys[:, tf.newaxis]
 
     aspect = uniform(keys, draws, *augmentation.crop_aspect)
-    box_height, box_width, is_valid = _random_sides(
-        uniform(keys, draws + 1), aspect, full_height, full_width, augmentation
-    )
-    y = tf.floor(uniform(keys, draws + 2) * (full_height - box_height))
-    x = tf.floor(uniform(keys, draws + 3) * (full_width - box_width))
-
-    boxes = tf.stack([y, x, box_height, box_width], axis=-1)
-    first = tf.argmax(is_valid, axis=1, output_type=tf.int32)
-    boxes = tf.gather(boxes, first, axis=1, batch_dims=1)
-    found = tf.reduce_any(is_valid, axis=1, keepdims=True)
-    whole = tf.stack([0.0, 0.0, full_height, full_width])
-    return tf.cast(tf.where(found, boxes, whole), tf.int32)
-
-
-def _random_sides(
-    unit: tf.Tensor,
-    aspect: tf.Tensor,
-    full_height: tf.Tensor,
-    full_width: tf.Tensor,
-    augmentation: Augmentation,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns heights and widths of boxes, and which of them are allowed.
-
-    All are float32 whole numbers and bool, of the shape of `aspect`; `unit` in
-    [0, 1) is the place of the height between its limits.
-    """
-    full_area = full_height * full_width
-    min_area, max_area = (s * full_area for s in augmentation.crop_area)
-
     lowest = tf.round(tf.sqrt(min_area / aspect))
     highest = tf.round(tf.sqrt(max_area / aspect))
     is_wide = tf.round(highest * aspect) > full_width
@@ -402,7 +381,9 @@ def _random_sides(
     highest = tf.minimum(highest, full_height)
     lowest = tf.minimum(lowest, highest)
 
-    height = lowest + tf.floor(unit * (highest - lowest + 1.0))
+    height = lowest + tf.floor(
+        uniform(keys, draws + 1) * (highest - lowest + 1.0)
+    )
     # Rounding may have missed the limits by a row.
     height += tf.cast(height * tf.round(height * aspect) < min_area, tf.float32)
     height -= tf.cast(height * tf.round(height * aspect) > max_area, tf.float32)
@@ -415,7 +396,15 @@ def _random_sides(
         & (height <= full_height)
         & (width <= full_width)
     )
-    return height, width, is_valid
+    y = tf.floor(uniform(keys, draws + 2) * (full_height - height))
+    x = tf.floor(uniform(keys, draws + 3) * (full_width - width))
+
+    boxes = tf.stack([y, x, height, width], axis=-1)
+    first = tf.argmax(is_valid, axis=1, output_type=tf.int32)
+    boxes = tf.gather(boxes, first, axis=1, batch_dims=1)
+    found = tf.reduce_any(is_valid, axis=1, keepdims=True)
+    whole = tf.stack([0.0, 0.0, full_height, full_width])
+    return tf.cast(tf.where(found, boxes, whole), tf.int32)
 
 
 def _crop_and_resize(
@@ -430,7 +419,7 @@ def _crop_and_resize(
         x: float32 `[batch, height, width, channels]`.
         boxes: int32 `[batch, 4]` or `[1, 4]`: y, x, height, width in pixels.
         size: side of the output, in pixels.
-        flips: bool or bool `[batch]`, which crops to mirror left to right.
+        flips: bool or bool `[batch, 1, 1, 1]`, which crops to mirror.
 
     Returns:
         float32 `[batch, channels, size, size]`; may exceed the range of `x`.
@@ -440,7 +429,15 @@ def _crop_and_resize(
     columns = _resampling_matrix(left, width, x.shape[2], size)
     flips = tf.reshape(flips, [-1, 1, 1])
     columns = tf.where(flips, tf.reverse(columns, [1]), columns)
-    return _separable(x, rows, columns)
+
+    # One product an image, not one a channel.
+    _, full_height, full_width, channels = x.shape
+    x = tf.matmul(rows, tf.reshape(x, [-1, full_height, full_width * channels]))
+    x = tf.reshape(x, [-1, size, full_width, channels])
+    x = tf.transpose(x, [0, 3, 1, 2])
+    x = tf.reshape(x, [-1, channels * size, full_width])
+    x = tf.matmul(x, columns, transpose_b=True)
+    return tf.reshape(x, [-1, channels, size, size])
 
 
 def _resampling_matrix(
@@ -476,24 +473,6 @@ def _cubic_kernel(d: tf.Tensor) -> tf.Tensor:
     return tf.where(d < 1.0, near, tf.where(d < 2.0, far, 0.0))
 
 
-def _separable(x: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
-    """Returns `rows @ x @ columns^T` for each image and channel.
-
-    `x` is `[batch, height, width, channels]`, the matrices `[batch or 1,
-    new_length, length]`, the result is `[batch, channels, new_height,
-    new_width]`; all float32.
-    """
-    _, height, width, channels = x.shape
-    new_height, new_width = rows.shape[1], columns.shape[1]
-    # One product an image, not one a channel.
-    x = tf.matmul(rows, tf.reshape(x, [-1, height, width * channels]))
-    x = tf.reshape(x, [-1, new_height, width, channels])
-    x = tf.transpose(x, [0, 3, 1, 2])
-    x = tf.reshape(x, [-1, channels * new_height, width])
-    x = tf.matmul(x, columns, transpose_b=True)
-    return tf.reshape(x, [-1, channels, new_height, new_width])
-
-
 def _center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
     """Returns SimCLR's central square crop, int32 `[4]`: y, x, h, w."""
     shorter = tf.cast(tf.minimum(height, width), tf.float32)
@@ -502,33 +481,7 @@ def _center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
     return tf.stack([y, x, side, side])
 
 
-def _crop_and_flip(
-    x: tf.Tensor,
-    keys: tf.Tensor,
-    flips: tf.Tensor,
-    augmentation: Augmentation,
-) -> tf.Tensor:
-    """Returns `x`, channels first; cropped, if the host has not done so."""
-    size = augmentation.size
-    _, height, width, _ = x.shape
-    if augmentation.crop:
-        boxes = random_crop_boxes(keys, height, width, augmentation)
-        return _crop_and_resize(x, boxes, size, flips)
-    if (height, width) != (size, size):
-        raise ValueError(
-            f"Without `crop`, images must be {size} x {size} pixels. "
-            f"Received: {height} x {width}"
-        )
-    x = tf.where(_per_image(flips), tf.reverse(x, [2]), x)
-    return tf.transpose(x, [0, 3, 1, 2])
-
-
-def _per_image(x: tf.Tensor) -> tf.Tensor:
-    """Returns `[batch]` as `[batch, 1, 1, 1]`."""
-    return x[:, tf.newaxis, tf.newaxis, tf.newaxis]
-
-
-# Colour, blur, solarize. On a CPU, XLA takes `tf.maximum` and `tf.minimum` for
+# Colour and blur. On a CPU, XLA takes `tf.maximum` and `tf.minimum` for
 # several instructions each, because of NaN, and a `tf.where` for one.
 
 
@@ -548,22 +501,21 @@ def _clip(x: tf.Tensor) -> tf.Tensor:
 def _color_jitter(
     x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
-    """Returns `[batch, channels, pixels]` after the four colour operations.
+    """Returns `x` in [0, 1], after four colour operations in random order.
 
-    Hue and saturation commute, and stay in [0, 1]; brightness and contrast are
-    affine. So every order of the four is one of before, between and after two
-    affine functions, for the hue and for the saturation; where it is not its
-    turn, an operation gets an amount that changes nothing.
+    Brightness and contrast are affine; hue and saturation commute. So every
+    order is hue and saturation, affine, hue and saturation, affine, hue and
+    saturation, where what does not happen to an image gets an amount that
+    changes nothing.
     """
     b, c = augmentation.brightness, augmentation.contrast
     s, h = augmentation.saturation, augmentation.hue
-    draws = draws[:, :, tf.newaxis, tf.newaxis]
     jitters = draws[:, _JITTER] < augmentation.jitter_probability
 
     def amount(draw: int, low: float, high: float, none: float) -> tf.Tensor:
         return tf.where(jitters, low + draws[:, draw] * (high - low), none)
 
-    scale, offset = tf.ones_like(jitters, tf.float32), 0.0
+    scale, offset = 1.0, 0.0
     if augmentation.brightness_mode == "additive":
         offset = amount(_BRIGHTNESS, -b, b, 0.0)
     else:
@@ -572,37 +524,33 @@ def _color_jitter(
     saturation = amount(_SATURATION, 1.0 - s, 1.0 + s, 1.0)
     hue = amount(_HUE, -h, h, 0.0)
 
-    places = (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)
-    at_brightness, at_contrast, at_saturation, at_hue = (
-        draws[:, _ORDER + draw] for draw in places
-    )
-    brightness_first = at_brightness < at_contrast
-    first = _smaller(at_brightness, at_contrast)
-    second = _larger(at_brightness, at_contrast)
+    brightness_order = draws[:, _ORDER + _BRIGHTNESS]
+    contrast_order = draws[:, _ORDER + _CONTRAST]
+    brightness_first = brightness_order < contrast_order
 
-    def adjust_hue_and_saturation(x: tf.Tensor, turn: int) -> tf.Tensor:
+    def turn(draw: int) -> tf.Tensor:
+        """Returns how many of brightness and contrast go before."""
+        order = draws[:, _ORDER + draw]
+        is_later = (order > brightness_order, order > contrast_order)
+        return tf.add_n([tf.cast(later, tf.int32) for later in is_later])
+
+    def hue_and_saturation(x: tf.Tensor, now: int) -> tf.Tensor:
         if x.shape[1] != 3 or s == h == 0:
             return x
-        hue_turn, saturation_turn = (
-            tf.cast(at > first, tf.int32) + tf.cast(at > second, tf.int32)
-            for at in (at_hue, at_saturation)
-        )
         return _adjust_hue_and_saturation(
             x,
-            tf.where(hue_turn == turn, hue, 0.0),
-            tf.where(saturation_turn == turn, saturation, 1.0),
+            tf.where(turn(_HUE) == now, hue, 0.0),
+            tf.where(turn(_SATURATION) == now, saturation, 1.0),
         )
 
     # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip after
     # the first operation.
-    x = adjust_hue_and_saturation(_clip(x), 0)
-    for turn, is_brightness in enumerate((brightness_first, ~brightness_first)):
-        mean = tf.reduce_mean(x, axis=2, keepdims=True)
-        x = _clip(
-            tf.where(is_brightness, scale, contrast) * x
-            + tf.where(is_brightness, offset, (1.0 - contrast) * mean)
-        )
-        x = adjust_hue_and_saturation(x, turn + 1)
+    x = hue_and_saturation(_clip(x), 0)
+    for now, is_brightness in ((1, brightness_first), (2, ~brightness_first)):
+        mean = tf.reduce_mean(x, axis=[2, 3], keepdims=True)
+        factor = tf.where(is_brightness, scale, contrast)
+        x = factor * x + tf.where(is_brightness, offset, mean - contrast * mean)
+        x = hue_and_saturation(_clip(x), now)
     return x
 
 
@@ -611,16 +559,16 @@ def _adjust_hue_and_saturation(
 ) -> tf.Tensor:
     """As `tf.image.adjust_hue` and `adjust_saturation`, in either order.
 
-    `x` is `[batch, 3, pixels]` in [0, 1], and so is the result; hue is shifted
-    by full circles, at most half of one, and HSV saturation scaled, to at most
-    1. `shift` and `factor` are `[batch, 1, 1]`.
+    `x` is `[batch, 3, height, width]` in [0, 1], and so is the result; hue is
+    shifted by full circles, at most half of one; HSV saturation is scaled, to
+    at most 1. `shift` and `factor` are `[batch, 1, 1, 1]`.
     """
-    pixels = x.shape[2]
     # Slices of a reshaped image: of a stacked one, XLA would compute each of
     # the planes again wherever it is used.
-    flat = tf.reshape(x, [-1, 3 * pixels])
-    red, green, blue = tf.split(flat, 3, axis=1)
-    shift, factor = shift[:, 0], factor[:, 0]
+    _, _, height, width = x.shape
+    x = tf.reshape(x, [-1, 3 * height * width])
+    red, green, blue = tf.split(x, 3, axis=1)
+    shift, factor = shift[:, 0, 0], factor[:, 0, 0]
 
     value = _larger(_larger(red, green), blue)
     chroma = value - _smaller(_smaller(red, green), blue)
@@ -642,33 +590,26 @@ def _adjust_hue_and_saturation(
         2.0 - tf.abs(tf.abs(hue - 2.0) - 3.0),
         tf.abs(tf.abs(hue - 1.0) - 3.0) - 1.0,
     )
-    return tf.stack([value - chroma * _clip(d) for d in depths], axis=1)
+    x = tf.stack([value - chroma * _clip(d) for d in depths], axis=1)
+    return tf.reshape(x, [-1, 3, height, width])
 
 
 def _gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     """Returns blurred `[batch, channels, size, size]`; around it is black.
 
-    `sigma`, float32 `[batch]`, and `radius`, where the Gaussian is cut off,
-    are in pixels; the weights within have a sum of 1.
+    `sigma`, float32 `[batch, 1, 1, 1]`, and `radius` below `size / 2`, where
+    the Gaussian is cut off, are in pixels; the weights have a sum of 1.
     """
-    size = x.shape[3]
-    pixel = tf.range(size, dtype=tf.float32)
-    distance = pixel - pixel[:, tf.newaxis]
-    sigma = sigma[:, tf.newaxis, tf.newaxis]
-    taps = tf.range(-radius, radius + 1, dtype=tf.float32)
-    total = tf.reduce_sum(_gaussian(taps, sigma), axis=-1, keepdims=True)
-    weights = tf.where(
-        tf.abs(distance) <= radius, _gaussian(distance, sigma) / total, 0.0
-    )
-    # A band matrix, and symmetric. At 224 pixels, these products take two
-    # thirds of the time of 46 shifted sums.
-    weights = weights[:, tf.newaxis]
+    # Products with a symmetric band matrix: at 224 pixels, they take two thirds
+    # of the time of 46 shifted sums.
+    pixel = tf.range(x.shape[3], dtype=tf.float32)
+    distance = tf.abs(pixel - pixel[:, tf.newaxis])
+    weights = tf.exp(-0.5 * tf.square(distance / sigma))
+    weights = tf.where(distance <= radius, weights, 0.0)
+    # Near the border, a part of the Gaussian is outside of the matrix.
+    total = tf.reduce_sum(weights, axis=-1, keepdims=True)
+    weights /= tf.reduce_max(total, axis=-2, keepdims=True)
     return tf.matmul(tf.matmul(weights, x), weights)
-
-
-def _gaussian(distance: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
-    """Returns the Gaussian of `distance`, 1 at its top."""
-    return tf.exp(-0.5 * tf.square(distance / sigma))
 
 
 def _random_blur(
@@ -683,33 +624,27 @@ def _random_blur(
     sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
     blurred = _gaussian_blur(x, sigma, radius)
     # Rounding may exceed 1 by a last digit.
-    return tf.where(_per_image(blurs), _smaller(blurred, 1.0), x)
+    return tf.where(blurs, _smaller(blurred, 1.0), x)
 
 
-def _gray_matrix(
-    draws: tf.Tensor, channels: int, augmentation: Augmentation
-) -> tf.Tensor:
-    """Returns `[batch, channels, channels]`: identity, or what makes gray.
-
-    Its columns are the weights of the channels that go into a new channel.
-    """
-    identity = tf.eye(channels)
-    if channels != 3:
-        return identity[tf.newaxis]
-    fades = draws[:, _GRAYSCALE] < augmentation.grayscale_probability
-    # The weights of `tf.image.rgb_to_grayscale`.
-    luma = tf.constant([[0.2989], [0.5870], [0.1140]])
-    return tf.where(fades[:, tf.newaxis, tf.newaxis], luma, identity)
-
-
-def _random_solarize(
+def _random_gray(
     x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
 ) -> tf.Tensor:
-    """Returns `x`, values of 0.5 and more inverted in some images."""
-    if augmentation.solarize_probability == 0:
-        return x
-    solarizes = draws[:, _SOLARIZE] < augmentation.solarize_probability
-    return tf.where(_per_image(solarizes) & (x >= 0.5), 1.0 - x, x)
+    """Returns `[batch, height, width, channels]`, some images without colour.
+
+    A product with a matrix even where all of them keep it: that also moves
+    channels last, and XLA does not compute the colours again for each of them.
+    """
+    _, channels, height, width = x.shape
+    matrix = tf.eye(channels, batch_shape=[1])
+    if channels == 3:
+        fades = draws[:, _GRAYSCALE, 0] < augmentation.grayscale_probability
+        # The weights of `tf.image.rgb_to_grayscale`.
+        luma = tf.constant([[0.2989], [0.5870], [0.1140]])
+        matrix = tf.where(fades, luma, matrix)
+    x = tf.reshape(x, [-1, channels, height * width])
+    x = tf.matmul(x, matrix, transpose_a=True)
+    return tf.reshape(x, [-1, height, width, channels])
 
 
 # Encoded files, one at a time, on the host.

@@ -149,13 +149,9 @@ def test_hue_and_saturation_are_tensorflows(
 
 
 def _adjust_hue_and_saturation(images, shift, factor):
-    count = len(images)
-    x = tf.reshape(_channels_first(images), [count, 3, SIZE**2])
-    x = data_util._adjust_hue_and_saturation(
-        x, tf.fill([count, 1, 1], shift), tf.fill([count, 1, 1], factor)
-    )
-    x = tf.reshape(x, [count, 3, SIZE, SIZE])
-    return tf.transpose(x, [0, 2, 3, 1]).numpy()
+    amounts = (tf.fill([len(images), 1, 1, 1], x) for x in (shift, factor))
+    x = data_util._adjust_hue_and_saturation(_channels_first(images), *amounts)
+    return tf.transpose(x, [0, 2, 3, 1])
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.35, 0.0, 0.35, 0.5])
@@ -226,7 +222,7 @@ def test_gray_pixels_have_no_hue(level):
 @pytest.mark.parametrize(("kernel", "sigma"), [(3, 1.0), (22, 2.0)])
 def test_gaussian_blur_is_simclrs(reference, kernel, sigma):
     x = _channels_first(reference["gaussian_input"])
-    x = data_util._gaussian_blur(x, tf.fill([2], sigma), kernel // 2)
+    x = data_util._gaussian_blur(x, tf.fill([2, 1, 1, 1], sigma), kernel // 2)
     np.testing.assert_allclose(
         tf.transpose(x, [0, 2, 3, 1]),
         reference[f"gaussian_k{kernel}_s{sigma}"],
