@@ -481,21 +481,7 @@ def _center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
     return tf.stack([y, x, side, side])
 
 
-# Colour and blur. On a CPU, XLA takes `tf.maximum` and `tf.minimum` for
-# several instructions each, because of NaN, and a `tf.where` for one.
-
-
-def _larger(x: Any, y: Any) -> tf.Tensor:
-    return tf.where(x > y, x, y)
-
-
-def _smaller(x: Any, y: Any) -> tf.Tensor:
-    return tf.where(x < y, x, y)
-
-
-def _clip(x: tf.Tensor) -> tf.Tensor:
-    """Returns `x` in [0, 1]."""
-    return _smaller(_larger(x, 0.0), 1.0)
+# Colour and blur.
 
 
 def _color_jitter(
@@ -545,12 +531,12 @@ def _color_jitter(
 
     # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip after
     # the first operation.
-    x = hue_and_saturation(_clip(x), 0)
+    x = hue_and_saturation(tf.clip_by_value(x, 0.0, 1.0), 0)
     for now, is_brightness in ((1, brightness_first), (2, ~brightness_first)):
         mean = tf.reduce_mean(x, axis=[2, 3], keepdims=True)
         factor = tf.where(is_brightness, scale, contrast)
         x = factor * x + tf.where(is_brightness, offset, mean - contrast * mean)
-        x = hue_and_saturation(_clip(x), now)
+        x = hue_and_saturation(tf.clip_by_value(x, 0.0, 1.0), now)
     return x
 
 
@@ -563,15 +549,15 @@ def _adjust_hue_and_saturation(
     shifted by full circles, at most half of one; HSV saturation is scaled, to
     at most 1. `shift` and `factor` are `[batch, 1, 1, 1]`.
     """
-    # Slices of a reshaped image: of a stacked one, XLA would compute each of
-    # the planes again wherever it is used.
+    # XLA sees through slices of a stack, and would compute each plane again
+    # wherever it is used; it does not see through slices of a reshaped stack.
     _, _, height, width = x.shape
     x = tf.reshape(x, [-1, 3 * height * width])
     red, green, blue = tf.split(x, 3, axis=1)
     shift, factor = shift[:, 0, 0], factor[:, 0, 0]
 
-    value = _larger(_larger(red, green), blue)
-    chroma = value - _smaller(_smaller(red, green), blue)
+    value = tf.maximum(tf.maximum(red, green), blue)
+    chroma = value - tf.minimum(tf.minimum(red, green), blue)
     # Hue in sixths of the circle: an offset for the largest channel, and a
     # position between the other two.
     red_is_max, green_is_max = red >= value, green >= value
@@ -579,18 +565,20 @@ def _adjust_hue_and_saturation(
     difference = tf.where(green_is_max, blue - red, red - green)
     difference = tf.where(red_is_max, green - blue, difference)
     # A chroma of 0 has a difference of 0.
-    hue = offset + 6.0 * shift + difference / _larger(chroma, 1e-20)
+    hue = offset + 6.0 * shift + difference / tf.maximum(chroma, 1e-20)
 
     # How far each channel is below the value, relative to the chroma: 0 up to
     # a sixth from its own hue, 1 from two sixths on. Exact for -4 <= hue <= 8,
     # without that `hue` would have to be wrapped to [0, 6).
-    chroma = _smaller(factor * chroma, value)
+    chroma = tf.minimum(factor * chroma, value)
     depths = (
         tf.abs(tf.abs(hue - 3.0) - 3.0) - 1.0,
         2.0 - tf.abs(tf.abs(hue - 2.0) - 3.0),
         tf.abs(tf.abs(hue - 1.0) - 3.0) - 1.0,
     )
-    x = tf.stack([value - chroma * _clip(d) for d in depths], axis=1)
+    x = tf.stack(
+        [value - chroma * tf.clip_by_value(d, 0.0, 1.0) for d in depths], axis=1
+    )
     return tf.reshape(x, [-1, 3, height, width])
 
 
@@ -624,7 +612,7 @@ def _random_blur(
     sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
     blurred = _gaussian_blur(x, sigma, radius)
     # Rounding may exceed 1 by a last digit.
-    return tf.where(blurs, _smaller(blurred, 1.0), x)
+    return tf.where(blurs, tf.minimum(blurred, 1.0), x)
 
 
 def _random_gray(

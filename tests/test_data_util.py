@@ -173,14 +173,12 @@ def test_color_jitter_is_tensorflows_in_every_order(images, mode):
     keys = _keys(count)
     views = _augment(images[:count], keys, augmentation)
 
-    additive = mode == "additive"
-    low, high = (-0.8, 0.8) if additive else (0.2, 1.8)
+    brightness = {
+        "multiplicative": ((0.2, 1.8), tf.multiply),
+        "additive": ((-0.8, 0.8), tf.add),
+    }
     operations = [
-        (
-            data_util._BRIGHTNESS,
-            (low, high),
-            tf.add if additive else tf.multiply,
-        ),
+        (data_util._BRIGHTNESS, *brightness[mode]),
         (data_util._CONTRAST, (0.2, 1.8), tf.image.adjust_contrast),
         (data_util._SATURATION, (0.2, 1.8), tf.image.adjust_saturation),
         (data_util._HUE, (-0.2, 0.2), tf.image.adjust_hue),
