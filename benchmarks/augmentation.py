@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images a second of `data_util.augment` and of a per-image tf.data pipeline.
 
-All make two SimCLR views of uint8 CIFAR-sized images in memory. Their rounds
-alternate in one process; the median round of each is reported. CPU time is
-that of all threads, and less disturbed by other programs than images/s.
+All make two SimCLR views of uint8 CIFAR-sized images in memory, as tensors,
+which is what a training step takes. Their rounds alternate in one process; the
+median round of each is reported. CPU time is that of all threads, and less
+disturbed by other programs than images/s.
 
 The last line is of 224-pixel images that the host has cropped, as ImageNet's.
 
@@ -125,7 +126,7 @@ def batched(images, augmentation, args, *, jit):
     steps = iter(range(10**9))
 
     def step():
-        return [v.numpy() for v in views(batch, tf.constant(next(steps)))]
+        return views(batch, tf.constant(next(steps)))
 
     return lambda: step
 
@@ -150,7 +151,7 @@ def per_image(images, augmentation, args, source):
 
     def start():
         iterator = iter(dataset)
-        return lambda: [v.numpy() for v in next(iterator)]
+        return lambda: next(iterator)
 
     return start
 

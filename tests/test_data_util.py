@@ -44,17 +44,6 @@ def _augment(images, keys, augmentation):
     return tf.function(augment, jit_compile=True)(images, keys).numpy()
 
 
-def _planes(images):
-    x = tf.reshape(
-        tf.image.convert_image_dtype(images, tf.float32), [-1, 1024, 3]
-    )
-    return tf.unstack(x, axis=-1)
-
-
-def _unplanes(planes):
-    return tf.reshape(tf.stack(planes, axis=-1), [-1, SIZE, SIZE, 3]).numpy()
-
-
 def _channels_first(images):
     x = tf.image.convert_image_dtype(images, tf.float32)
     return tf.transpose(x, [0, 3, 1, 2])
@@ -144,21 +133,73 @@ def test_crop_and_resize_takes_a_box_for_each_image(images, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "function", "amount"),
+    ("name", "shift", "factor"),
     [
-        ("adjust_hue_-0.2", data_util._shift_hue, -0.2),
-        ("adjust_hue_0.1", data_util._shift_hue, 0.1),
-        ("adjust_saturation_0.2", data_util._scale_saturation, 0.2),
-        ("adjust_saturation_1.8", data_util._scale_saturation, 1.8),
-        ("adjust_contrast_0.2", data_util._scale_contrast, 0.2),
-        ("adjust_contrast_1.8", data_util._scale_contrast, 1.8),
+        ("adjust_hue_-0.2", -0.2, 1.0),
+        ("adjust_hue_0.1", 0.1, 1.0),
+        ("adjust_saturation_0.2", 0.0, 0.2),
+        ("adjust_saturation_1.8", 0.0, 1.8),
     ],
 )
-def test_color_operation_is_tensorflows(
-    reference, images, name, function, amount
+def test_hue_and_saturation_are_tensorflows(
+    reference, images, name, shift, factor
 ):
-    planes = function(_planes(images[:2]), tf.fill([2, 1], amount))
-    np.testing.assert_allclose(_unplanes(planes), reference[name], atol=1e-5)
+    x = _adjust_hue_and_saturation(images[:2], shift, factor)
+    np.testing.assert_allclose(x, reference[name], atol=1e-5)
+
+
+def _adjust_hue_and_saturation(images, shift, factor):
+    amounts = (tf.fill([len(images), 1, 1, 1], x) for x in (shift, factor))
+    x = data_util._adjust_hue_and_saturation(_channels_first(images), *amounts)
+    return tf.transpose(x, [0, 2, 3, 1])
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.35, 0.0, 0.35, 0.5])
+def test_every_hue_is_shifted(shift):
+    # All colours of 11 levels a channel, the corners of the cube among them.
+    levels = np.linspace(0, 1, 11, dtype=np.float32)
+    colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1)
+    image = np.resize(colors, [2, SIZE, SIZE, 3])
+    x = _adjust_hue_and_saturation(image, shift, 1.0)
+    np.testing.assert_allclose(x, tf.image.adjust_hue(image, shift), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", data_util.BRIGHTNESS_MODES)
+def test_color_jitter_is_tensorflows_in_every_order(images, mode):
+    count = 200
+    augmentation = data_util.Augmentation(
+        size=SIZE, **PLAIN | {"jitter_probability": 0.8}, brightness_mode=mode
+    )
+    keys = _keys(count)
+    views = _augment(images[:count], keys, augmentation)
+
+    brightness = {
+        "multiplicative": ((0.2, 1.8), tf.multiply),
+        "additive": ((-0.8, 0.8), tf.add),
+    }
+    operations = [
+        (data_util._BRIGHTNESS, *brightness[mode]),
+        (data_util._CONTRAST, (0.2, 1.8), tf.image.adjust_contrast),
+        (data_util._SATURATION, (0.2, 1.8), tf.image.adjust_saturation),
+        (data_util._HUE, (-0.2, 0.2), tf.image.adjust_hue),
+    ]
+    draws = [draw for draw, _, _ in operations]
+    places = data_util.uniform(
+        keys[:, tf.newaxis], data_util._ORDER + tf.constant(draws)
+    )
+    orders = np.argsort(places, axis=1)
+    assert len(np.unique(orders, axis=0)) == 24
+    jitters = data_util.uniform(keys, data_util._JITTER) < 0.8
+    expected = np.float32(images[:count] / 255)
+    for i in np.flatnonzero(jitters):
+        for draw, (low, high), function in (operations[j] for j in orders[i]):
+            amount = data_util.uniform(keys[i], draw, low, high)
+            changed = function(expected[i], amount)
+            expected[i] = tf.clip_by_value(changed, 0.0, 1.0)
+    difference = np.abs(views - expected)
+    # A hue may magnify rounding where there is nearly no colour.
+    assert np.mean(difference > 1e-4) < 1e-3
+    assert difference.mean() < 1e-5
 
 
 def test_grayscale_is_tensorflows(reference, images):
@@ -169,20 +210,17 @@ def test_grayscale_is_tensorflows(reference, images):
     np.testing.assert_allclose(views, reference["grayscale"], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "function", [data_util._shift_hue, data_util._scale_saturation]
-)
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
-def test_gray_pixels_have_no_hue(function, level):
-    planes = [tf.fill([2, 16], level)] * 3
-    changed = function(planes, tf.fill([2, 1], 0.3))
-    np.testing.assert_allclose(changed, planes, atol=1e-7)
+def test_gray_pixels_have_no_hue(level):
+    grays = np.full([2, SIZE, SIZE, 3], level, np.float32)
+    changed = _adjust_hue_and_saturation(grays, 0.3, 1.5)
+    np.testing.assert_allclose(changed, grays, atol=1e-7)
 
 
 @pytest.mark.parametrize(("kernel", "sigma"), [(3, 1.0), (22, 2.0)])
 def test_gaussian_blur_is_simclrs(reference, kernel, sigma):
     x = _channels_first(reference["gaussian_input"])
-    x = data_util._gaussian_blur(x, tf.fill([2], sigma), kernel // 2)
+    x = data_util._gaussian_blur(x, tf.fill([2, 1, 1, 1], sigma), kernel // 2)
     np.testing.assert_allclose(
         tf.transpose(x, [0, 2, 3, 1]),
         reference[f"gaussian_k{kernel}_s{sigma}"],
@@ -333,44 +371,6 @@ def test_operation_happens_as_often_as_its_probability_says(
     is_changed = np.all(np.abs(views - changed(image)) < 1e-6, axis=(1, 2, 3))
     assert np.all(is_plain ^ is_changed)
     assert abs(is_changed.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / count)
-
-
-def test_color_operations_come_in_every_order_and_each_once():
-    count = 6000
-    draws = data_util.uniform(_keys(count)[:, tf.newaxis], tf.range(4))
-
-    def append(digit):
-        return lambda planes, _: [10 * planes[0] + digit]
-
-    operations = [
-        data_util._Operation(
-            function=append(digit),
-            amount=tf.zeros([count, 1]),
-            order=draws[:, digit - 1 : digit],
-            active=tf.ones([count, 1], tf.bool),
-        )
-        for digit in (1, 2, 3, 4)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_util, "_clip", lambda x: x)
-        (plane,) = data_util._in_random_order(
-            [tf.zeros([count, 1])], operations
-        )
-    expected = 1 + np.argsort(draws.numpy(), axis=1)
-    expected = expected @ [1000, 100, 10, 1]
-    np.testing.assert_array_equal(plane.numpy()[:, 0], expected)
-    assert len(np.unique(expected)) == 24
-
-
-def test_color_operations_clip_where_they_are_active():
-    double = data_util._Operation(
-        function=data_util._scale_brightness,
-        amount=tf.fill([2, 1], 2.0),
-        order=tf.zeros([2, 1]),
-        active=tf.constant([[True], [False]]),
-    )
-    (plane,) = double([tf.constant([[0.8, 1.1], [0.8, 1.1]])])
-    np.testing.assert_allclose(plane, [[1.0, 1.0], [0.8, 1.1]])
 
 
 # Views as wholes.
