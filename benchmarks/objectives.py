@@ -51,10 +51,13 @@ _OF_SIMCLR_FAMILY = {
 _OF_MULTI_VIEW = {
     "byol": [],
     "relic": [],
-    "relic, no target": ["--objective=relic", "--target_network=false"],
+    "relic, no target": ["--target_network=false"],
     "relicv2": [],
-    "semppl, 5 labels a class": ["--objective=semppl", "--labels_per_class=5"],
-    "semppl, all labels": ["--objective=semppl"],
+    "semppl, 5 labels a class": [
+        "--labels_per_class=5",
+        "--labelled_batch_share=0.125",
+    ],
+    "semppl, all labels": [],
 }
 _ROWS = {**_OF_SIMCLR_FAMILY, **_OF_MULTI_VIEW}
 _COLUMNS = ("linear", "kNN", "1 a class", "5 a class")
