@@ -93,6 +93,7 @@ class Run:
             settings.jit_compile = alone and devices.has_gpu()
         self.train_data = self._load_train_data()
         self._settle()
+        self._log_settings()
         self.architecture = make_architecture(
             settings, self.train_data.num_classes
         )
@@ -124,6 +125,16 @@ class Run:
             channels=self.settings.channels,
             **masks,
         )
+
+    def _log_settings(self) -> None:
+        """Logs the flags in force by where they come from."""
+        groups: dict[str, list[str]] = {}
+        for name, source in self._sources.items():
+            value = getattr(self.settings, name)
+            if source != "default":
+                groups.setdefault(source, []).append(f"{name}={value}")
+        for source, flags in groups.items():
+            logging.info("Flags from %s: %s", source, " ".join(flags))
 
     @functools.cached_property
     def eval_data(self) -> data.Dataset:
