@@ -2,6 +2,7 @@
 """What a frozen encoder has learned, beside baselines that have not."""
 
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -87,9 +88,7 @@ def linear_accuracy(
             StandardScaler(),
             LogisticRegression(C=inverse_l2, max_iter=_SOLVER_STEPS),
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return classifier.fit(train[0][rows], train[1][rows])
+        return _fit(classifier, train[0][rows], train[1][rows])
 
     def held_out_accuracy(inverse_l2: float) -> float:
         return fit(rest, inverse_l2).score(
@@ -132,10 +131,20 @@ def few_label_accuracy(
                 for label in np.unique(train[1])
             ]
         )
-        classifier = LogisticRegression(C=_FEW_LABELS_INVERSE_L2, max_iter=200)
-        classifier.fit(scaler.transform(train[0][rows]), train[1][rows])
+        classifier = LogisticRegression(
+            C=_FEW_LABELS_INVERSE_L2, max_iter=_SOLVER_STEPS
+        )
+        features = scaler.transform(train[0][rows])
+        _fit(classifier, features, train[1][rows])
         accuracies.append(classifier.score(test_features, test[1]))
     return float(np.mean(accuracies))
+
+
+def _fit(classifier: Any, features: np.ndarray, labels: np.ndarray) -> Any:
+    """Returns the classifier, fitted in as many steps as it may take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return classifier.fit(features, labels)
 
 
 def knn_accuracy(

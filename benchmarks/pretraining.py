@@ -56,7 +56,7 @@ def main() -> None:
     with strategy.scope():
         networks = model.build_networks(
             dataclasses.replace(
-                replica_run.architecture(),
+                replica_run.architecture(args.objective),
                 resnet_depth=args.resnet_depth,
                 width_multiplier=args.width_multiplier,
                 num_proj_layers=3,

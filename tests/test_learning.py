@@ -105,6 +105,29 @@ def test_probe_measures_what_is_linear():
     assert 0.35 < accuracy < 0.65
 
 
+def test_few_labels_and_neighbours_tell_blobs_apart():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    blobs = rng.normal(size=(600, 5)) + 8 * np.eye(5)[labels]
+    train, test = (
+        (blobs[rows], labels[rows]) for rows in (slice(300), slice(300, 600))
+    )
+    assert probe.knn_accuracy(train, test) > 0.99
+    assert probe.few_label_accuracy(train, test, 5) > 0.97
+    assert probe.few_label_accuracy(train, test, 1) > 0.8
+    shuffled = train[0], rng.permutation(train[1])
+    assert probe.knn_accuracy(shuffled, test) < 0.6
+    assert probe.few_label_accuracy(shuffled, test, 5) < 0.6
+
+
+def test_neighbours_vote_by_exponential_weights():
+    train = np.eye(3), np.array([0, 1, 1])
+    test = np.array([[1.0, 0.3, 0.3]]), np.array([0])
+    # One close neighbour of class 0 against two further ones of class 1.
+    assert probe.knn_accuracy(train, test, k=3, temperature=0.07) == 1.0
+    assert probe.knn_accuracy(train, test, k=3, temperature=10.0) == 0.0
+
+
 def test_probe_table_is_aligned():
     text = probe.table({"raw": 0.5, "a longer name": 1.0}, "data")
     assert len({len(line) for line in text.splitlines()}) == 1
