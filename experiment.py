@@ -196,6 +196,7 @@ class Run:
                 checkpoint_lib.run_directory(settings.checkpoint)
             )
             dataset = data.subset(dataset, ids)
+            logging.info("%s", data.describe(dataset))
         return dataset
 
     def _settle(self) -> None:

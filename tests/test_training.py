@@ -348,52 +348,50 @@ def test_every_objective_has_a_row_and_an_alias_points_to_one():
     assert set(methods.ALIASES.values()) <= set(methods.METHODS)
 
 
-@pytest.fixture
-def semppl(tmp_path, monkeypatch):
-    """Runs SemPPL, all of its draws and memories, to step 8; maybe in two."""
+@pytest.fixture(scope="module")
+def semppl(tmp_path_factory):
+    """SemPPL with all draws and memories: stopped and resumed, and whole."""
+    folder = tmp_path_factory.mktemp("semppl")
+    words = [
+        *_SMALL,
+        "--objective=semppl",
+        "--labels_per_class=100",
+        "--labelled_batch_share=0.25",
+        "--saliency=spectral",
+        "--mask_probability=0.5",
+        "--num_large_views=2",
+        "--num_small_views=1",
+        "--proj_hidden_dim=16",
+        "--queue_size=40",
+        "--steps_per_loop=1",
+        "--train_summary_steps=1",
+        "--train_steps=8",
+    ]
+    train = trainer.train
 
-    def train(name, *stops):
-        words = [
-            f"--model_dir={tmp_path / name}",
-            *_SMALL,
-            "--objective=semppl",
-            "--labels_per_class=100",
-            "--saliency=spectral",
-            "--mask_probability=0.5",
-            "--num_large_views=2",
-            "--num_small_views=1",
-            "--proj_hidden_dim=16",
-            "--queue_size=40",
-            "--steps_per_loop=1",
-            "--train_summary_steps=1",
-            "--train_steps=8",
-        ]
-        original = trainer.train
-        for stop in stops:
+    def stopping(*arguments):
+        calls = iter(range(1, 100))
+        train(*arguments[:-1], lambda: next(calls) == 5)
 
-            def stopping(*arguments, stop=stop):
-                calls = iter(range(1, 100))
-                original(*arguments[:-1], lambda: next(calls) == stop)
-
-            with monkeypatch.context() as patched:
-                patched.setattr(trainer, "train", stopping)
-                patched.setattr(run._Signals, "received", signal.SIGTERM)
-                assert _main(*words) == 128 + signal.SIGTERM
-        assert _main(*words) == 0
-        return tmp_path / name
-
-    return train
+    with flagsaver.flagsaver():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(trainer, "train", stopping)
+            patched.setattr(run._Signals, "received", signal.SIGTERM)
+            code = _main(f"--model_dir={folder / 'stopped'}", *words)
+            assert code == 128 + signal.SIGTERM
+        for name in ("stopped", "whole"):
+            assert _main(f"--model_dir={folder / name}", *words) == 0
+    return folder / "stopped", folder / "whole"
 
 
 def test_resuming_restores_queue_target_and_draws(semppl):
-    got, expected = semppl("stopped", 5), semppl("whole")
-    states = [_tensors(directory, 8) for directory in (got, expected)]
+    states = [_tensors(directory, 8) for directory in semppl]
     assert set(states[0]) == set(states[1])
     groups = {name.split("/")[0] for name in states[0]}
     assert {"queue", "target_encoder", "target_projection"} <= groups
     for name, value in states[1].items():
         np.testing.assert_array_equal(states[0][name], value, name)
-    scalars, expected_scalars = _scalars(got)[0], _scalars(expected)[0]
+    scalars, expected = (_scalars(directory)[0] for directory in semppl)
     for name in (
         "pseudo_label_accuracy",
         "vote_share",
@@ -402,13 +400,38 @@ def test_resuming_restores_queue_target_and_draws(semppl):
         "semantic_positive_share",
         "target_decay",
     ):
-        points = expected_scalars[f"train/{name}"]
+        points = expected[f"train/{name}"]
         assert [step for step, _ in points] == list(range(1, 9))
         assert scalars[f"train/{name}"] == points
-    # Once there are labelled images in the queue, everything is voted on.
-    assert expected_scalars["train/vote_share"][-1][1] > 0.9
-    filled = [share for _, share in expected_scalars["train/queue_fill"]]
-    assert 0 < filled[0] <= filled[-1] <= 1
-    # Evaluation can use the same labels.
-    ids = (expected / "labelled_ids.txt").read_text().split()
+    # 8 of each batch of 32 are labelled, and the queue holds 40.
+    filled = [share for _, share in expected["train/queue_fill"]]
+    np.testing.assert_allclose(filled, [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+    # From the first batch on there is something to vote by.
+    assert [share for _, share in expected["train/vote_share"]] == [1] * 8
+
+
+def test_the_target_can_be_fine_tuned_on_the_labelled_images(
+    semppl, tmp_path, caplog
+):
+    code = _main(
+        f"--model_dir={tmp_path}",
+        f"--checkpoint={semppl[1]}",
+        "--train_mode=finetune",
+        "--fine_tune_after_block=4",
+        "--evaluate_target",
+        "--train_on_labelled",
+        "--dataset=photo_patches",
+        "--train_batch_size=32",
+        "--train_steps=1",
+    )
+    assert code == 0
+    ids = (semppl[1] / "labelled_ids.txt").read_text().split()
     assert len(ids) == 100 * 16
+    assert "1,600 examples" in caplog.text
+    before, after = _tensors(semppl[1], 8), _tensors(tmp_path, 1)
+    keys = [key for key in after if key.startswith("encoder/")]
+    assert len(keys) == 65
+    for key in keys:
+        np.testing.assert_array_equal(after[key], before[f"target_{key}"])
+    online = [not np.array_equal(after[key], before[key]) for key in keys]
+    assert sum(online) > 40
