@@ -174,11 +174,15 @@ def _with_masks(
         known, masks = len(files) - files.count(""), _mask_reader(files)
     else:
         known, masks = dataset.num_examples, _mask_estimator(str(estimator))
-    counts, missing = f"{known:,}", dataset.num_examples - known
+    missing = dataset.num_examples - known
+    implausible = "implausible ones are found when images are read"
     if isinstance(dataset.source, Arrays):
         masks, whole = _hold_masks(masks, dataset.source.images)
-        counts += f", {whole - missing:,} implausible"
-    note = f"masks: {counts} and {missing:,} missing, those images stay whole"
+        implausible = f"{whole - missing:,} implausible"
+    note = (
+        f"masks of {known:,} images ({implausible}), none of {missing:,}; "
+        "without a plausible mask, an image stays whole"
+    )
     notes = (*dataset.notes, note)
     return dataclasses.replace(dataset, masks=masks, notes=notes)
 

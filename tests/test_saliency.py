@@ -239,8 +239,9 @@ def test_masks_in_memory_are_read_and_reported(loaded):
     expected[3:5] = 1
     np.testing.assert_array_equal(dataset.masks, expected)
     report = data.describe(dataset)
-    assert "masks: 11, 1 implausible and 1 missing, those images" in report
-    assert "masks: 11 and 1 missing" in data.describe(loaded(memory_limit=0))
+    assert "masks of 11 images (1 implausible), none of 1;" in report
+    report = data.describe(loaded(memory_limit=0))
+    assert "masks of 11 images (implausible ones are found" in report
 
 
 def test_masks_are_estimated_in_memory(loaded, monkeypatch):
@@ -249,7 +250,8 @@ def test_masks_are_estimated_in_memory(loaded, monkeypatch):
     images = dataset.source.images
     expected = saliency.foreground(saliency.spectral_residual(images))
     np.testing.assert_array_equal(dataset.masks, expected)
-    assert "masks: 12, 0 implausible and 0 missing" in data.describe(dataset)
+    report = data.describe(dataset)
+    assert "masks of 12 images (0 implausible), none of 0;" in report
 
 
 def _stream(dataset, views, **kwargs):
