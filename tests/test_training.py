@@ -435,3 +435,10 @@ def test_the_target_can_be_fine_tuned_on_the_labelled_images(
         np.testing.assert_array_equal(after[key], before[f"target_{key}"])
     online = [not np.array_equal(after[key], before[key]) for key in keys]
     assert sum(online) > 40
+
+
+def test_evaluation_needs_nothing_that_only_pretraining_uses(semppl):
+    assert _main(f"--model_dir={semppl[1]}", "--mode=eval") == 0
+    result = json.loads((semppl[1] / "result.json").read_text())
+    assert result["global_step"] == 8
+    assert result["num_examples"] == 2000
