@@ -324,12 +324,15 @@ def test_bfloat16_trains(tmp_path):
     assert code == 0
 
 
-def test_the_step_compiles_under_xla_and_computes_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "objective", ["simclr", pytest.param("semppl", marks=pytest.mark.slow)]
+)
+def test_the_step_compiles_under_xla_and_computes_the_same(objective, tmp_path):
     metrics = []
     for jit in ("true", "false"):
         directory = tmp_path / jit
         words = [*_SMALL, f"--jit_compile={jit}", "--train_steps=2"]
-        words.append("--train_summary_steps=1")
+        words += [f"--objective={objective}", "--train_summary_steps=1"]
         assert _main(f"--model_dir={directory}", *words) == 0
         metrics.append(_scalars(directory)[0])
     for tag in ("train/loss", "train/probe_loss", "train/effective_rank"):
