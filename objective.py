@@ -39,20 +39,25 @@ _KL_SMALLS = ("transpose", "shared_target", "off")
 _Pair = tuple[int, int]  # an online and a target view
 
 
-class _Direction(NamedTuple):
-    """The scores of one view's local anchors, `b` of them.
+class _TwoViews(NamedTuple):
+    """The scores of the `b` local anchors of either view.
 
     Attributes:
-        scores: float32 `[b, 2B]`: against the other view, then the same view.
-        positive: float32 `[b]`, the score of the other view of the same image.
+        scores: float32 `[2, b, 2B]`, of the anchors of views 1 and 2: against
+            the other view, then the same view.
+        positive: float32 `[2, b]`, the score of the same image's other view.
         positive_mask: bool `[b, 2B]`, True at the column of the positive.
         self_mask: bool `[b, 2B]`, True where an anchor meets itself.
+        batch: b, as a float.
+        columns: 2B, as a float.
     """
 
     scores: tf.Tensor
     positive: tf.Tensor
     positive_mask: tf.Tensor
     self_mask: tf.Tensor
+    batch: float
+    columns: float
 
 
 def simclr_loss(
@@ -86,16 +91,10 @@ def simclr_loss(
     Raises:
         ValueError: if `temperature` is not positive or B is 1.
     """
-    loss = 0.0
-    for scores, _, positive_mask, self_mask in _directions(
-        z1, z2, temperature, hidden_norm, gather
-    ):
-        logits = tf.where(self_mask, _MASKED, scores)
-        labels = tf.argmax(positive_mask, axis=1)
-        loss += tf.reduce_mean(
-            tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        )
-    return loss
+    views = _two_views(z1, z2, temperature, hidden_norm, gather)
+    logits = tf.where(views.self_mask, _MASKED, views.scores)
+    log_sums = tf.reduce_logsumexp(logits, axis=2)
+    return tf.reduce_sum(log_sums - views.positive) / views.batch
 
 
 def rpc_loss(
@@ -143,32 +142,20 @@ def rpc_loss(
     Raises:
         ValueError: if an argument is out of its range or B is 1.
     """
-    if beta < 0 or gamma < 0:
-        raise ValueError(
-            "`beta` and `gamma` must not be negative. "
-            f"Received: beta={beta}, gamma={gamma}."
-        )
-    if marginal_norm not in ("global", "local_replica"):
-        raise ValueError(
-            "`marginal_norm` must be 'global' or 'local_replica'. "
-            f"Received: {marginal_norm!r}."
-        )
-    objective = 0.0
-    for direction in _directions(z1, z2, temperature, hidden_norm, gather):
-        batch, columns = _sizes(direction)
-        images = batch if marginal_norm == "local_replica" else columns / 2
-        if marginal_norm == "local_replica" and batch < 2:
+    _check_not_negative(beta=beta, gamma=gamma)
+    _check_choice("marginal_norm", marginal_norm, ("global", "local_replica"))
+    views = _two_views(z1, z2, temperature, hidden_norm, gather)
+    images = views.columns / 2
+    if marginal_norm == "local_replica":
+        images = views.batch
+        if images < 2:
             raise ValueError(
                 "`marginal_norm='local_replica'` divides by the local batch "
-                f"minus 1. Received: a local batch of {batch:.0f}."
+                f"minus 1. Received: a local batch of {images:.0f}."
             )
-        positive = direction.positive
-        joint = tf.reduce_mean(positive - 0.5 * beta * positive**2)
-        marginal = _negatives_sum(
-            direction, lambda f: alpha * f + 0.5 * gamma * f**2
-        ) / (2 * batch * (images - 1))
-        objective += 0.5 * (joint - marginal)
-    return -objective
+    joint = tf.reduce_mean(views.positive - 0.5 * beta * views.positive**2)
+    marginal = _negatives_sum(views, lambda f: alpha * f + 0.5 * gamma * f**2)
+    return marginal / (4 * views.batch * (images - 1)) - joint
 
 
 def wpc_loss(
@@ -190,18 +177,8 @@ def wpc_loss(
     here: negatives and averaging as in `rpc_loss`, of which this is the case
     alpha 1, beta = gamma = 0, so that the two differ in the objective alone.
 
-    Args:
-        z1: float `[b, d]`, this replica's projections of the first view.
-        z2: float `[b, d]`, of the second view; row i is the same image.
-        temperature: T > 0, divides the scores.
-        hidden_norm: whether projections are l2-normalised first.
-        gather: as in `simclr_loss`.
-
-    Returns:
-        float32 scalar, the mean over this replica's rows.
-
-    Raises:
-        ValueError: if `temperature` is not positive or B is 1.
+    Arguments and errors are those of `simclr_loss`; returns a float32 scalar,
+    the mean over this replica's rows.
     """
     return rpc_loss(
         z1,
@@ -252,11 +229,9 @@ def gradient_penalty(*gradients: tf.Tensor) -> tf.Tensor:
     Returns:
         float32 scalar, the mean over rows.
     """
-    squares = tf.add_n(
-        [
-            tf.reduce_sum(tf.square(tf.cast(g, tf.float32)), [1, 2, 3])
-            for g in gradients
-        ]
+    squares = sum(
+        tf.reduce_sum(tf.square(tf.cast(g, tf.float32)), [1, 2, 3])
+        for g in gradients
     )
     # The square root has no finite gradient at 0.
     return tf.reduce_mean(tf.square(tf.sqrt(squares + 1e-12) - 1.0))
@@ -279,21 +254,11 @@ def js_loss(
     `loss_type == "js"`: an anchor's score with itself counts as one more
     negative of score 0 (a constant), so the mean is over `2B - 1` entries.
 
-    Args:
-        z1: float `[b, d]`, this replica's projections of the first view.
-        z2: float `[b, d]`, of the second view; row i is the same image.
-        temperature: T > 0, divides the scores.
-        hidden_norm: whether projections are l2-normalised first.
-        gather: as in `simclr_loss`.
-
-    Returns:
-        float32 scalar, the mean over this replica's rows.
-
-    Raises:
-        ValueError: if `temperature` is not positive or B is 1.
+    Arguments and errors are those of `simclr_loss`; returns a float32 scalar,
+    the mean over this replica's rows.
     """
     return _f_divergence_loss(
-        _directions(z1, z2, temperature, hidden_norm, gather),
+        _two_views(z1, z2, temperature, hidden_norm, gather),
         joint=lambda f: -tf.nn.softplus(-f),
         marginal=tf.nn.softplus,
     )
@@ -317,21 +282,11 @@ def nwj_loss(
     negative of score 0 (a constant), so the mean is over `2B - 1` entries.
     Unbounded in f: the paper's own run with it collapsed.
 
-    Args:
-        z1: float `[b, d]`, this replica's projections of the first view.
-        z2: float `[b, d]`, of the second view; row i is the same image.
-        temperature: T > 0, divides the scores.
-        hidden_norm: whether projections are l2-normalised first.
-        gather: as in `simclr_loss`.
-
-    Returns:
-        float32 scalar, the mean over this replica's rows.
-
-    Raises:
-        ValueError: if `temperature` is not positive or B is 1.
+    Arguments and errors are those of `simclr_loss`; returns a float32 scalar,
+    the mean over this replica's rows.
     """
     return _f_divergence_loss(
-        _directions(z1, z2, temperature, hidden_norm, gather),
+        _two_views(z1, z2, temperature, hidden_norm, gather),
         joint=lambda f: f,
         marginal=lambda f: tf.exp(f - 1.0),
     )
@@ -356,31 +311,18 @@ def dv_loss(
     `loss_type == "dv"`: positives enter the log-sum-exp with score 0, and the
     mean is over `(2B - 1)B` entries.
 
-    Args:
-        z1: float `[b, d]`, this replica's projections of the first view.
-        z2: float `[b, d]`, of the second view; row i is the same image.
-        temperature: T > 0, divides the scores.
-        hidden_norm: whether projections are l2-normalised first.
-        gather: as in `simclr_loss`.
-
-    Returns:
-        float32 scalar; its mean over replicas is the global batch's loss.
-
-    Raises:
-        ValueError: if `temperature` is not positive or B is 1.
+    Arguments and errors are those of `simclr_loss`; returns a float32 scalar,
+    whose mean over replicas is the global batch's loss.
     """
     gather = gather or _single_replica
-    objective = 0.0
-    for direction in _directions(z1, z2, temperature, hidden_norm, gather):
-        _, columns = _sizes(direction)
-        scores = tf.where(direction.positive_mask, 0.0, direction.scores)
-        scores = tf.where(direction.self_mask, _MASKED, scores)
-        rows, _ = gather(tf.reduce_logsumexp(scores, axis=1, keepdims=True))
-        log_mean = tf.reduce_logsumexp(rows) - math.log(
-            (columns - 1.0) * columns / 2
-        )
-        objective += 0.5 * (tf.reduce_mean(direction.positive) - log_mean)
-    return -objective
+    views = _two_views(z1, z2, temperature, hidden_norm, gather)
+    scores = tf.where(views.positive_mask, 0.0, views.scores)
+    scores = tf.where(views.self_mask, _MASKED, scores)
+    rows, _ = gather(tf.transpose(tf.reduce_logsumexp(scores, axis=2)))
+    log_means = tf.reduce_logsumexp(rows, axis=0) - math.log(
+        (views.columns - 1.0) * views.columns / 2
+    )
+    return tf.reduce_mean(log_means) - tf.reduce_mean(views.positive)
 
 
 def byol_loss(
@@ -413,19 +355,13 @@ def byol_loss(
         ValueError: if views are missing or differ in shape.
     """
     pairs = _check_views(online, target, include_same_view=False)
-    unit_online = [_prepare(z, True) for z in online]
-    unit_target = [tf.stop_gradient(_prepare(z, True)) for z in target]
-    return tf.add_n(
-        [
-            tf.reduce_mean(
-                tf.reduce_sum(
-                    tf.math.squared_difference(unit_online[a], unit_target[c]),
-                    axis=-1,
-                )
-            )
-            for a, c in pairs
-        ]
+    anchors = _prepare(tf.stack(online), True)
+    targets = tf.stop_gradient(_prepare(tf.stack(target), True))
+    squares = tf.math.squared_difference(
+        tf.gather(anchors, [a for a, _ in pairs]),
+        tf.gather(targets, [c for _, c in pairs]),
     )
+    return tf.reduce_sum(squares) / online[0].shape[0]
 
 
 def relic_loss(
@@ -511,15 +447,13 @@ def relic_loss(
         include_same_view=include_same_view,
         temperature=temperature,
         bias=bias,
+        num_negatives=num_negatives,
+        draws=draws,
         gather=gather,
     )
-    comparison.sample(num_negatives, draws)
-    return _pair_loss(
-        comparison.pairs,
-        comparison.negative_log_likelihood,
-        _invariance(comparison, kl_grad, kl_form, kl_small),
-        contrastive_weight,
-        alpha,
+    return comparison.mean(
+        contrastive_weight * comparison.negative_log_likelihood()
+        + comparison.invariance(alpha, kl_grad, kl_form, kl_small),
         average_pairs,
     )
 
@@ -581,12 +515,9 @@ def siglip_loss(
         bias=bias,
         gather=gather,
     )
-    return _pair_loss(
-        comparison.pairs,
-        comparison.sigmoid_loss,
-        _invariance(comparison, kl_grad, kl_form, kl_small),
-        contrastive_weight,
-        alpha,
+    return comparison.mean(
+        contrastive_weight * comparison.sigmoid_loss()
+        + comparison.invariance(alpha, kl_grad, kl_form, kl_small),
         average_pairs,
     )
 
@@ -666,32 +597,23 @@ def semppl_loss(
         target,
         include_same_view=include_same_view,
         temperature=temperature,
-        bias=0.0,
+        num_negatives=num_negatives,
+        draws=draws,
         gather=gather,
     )
-    comparison.sample(num_negatives, draws)
-    semantic = _SemanticComparison(comparison, semantic_positives, has_positive)
-    view_invariance = _invariance(comparison, kl_grad, kl_form, kl_small)
-
-    def contrastive(pair: _Pair) -> tf.Tensor:
-        loss = comparison.negative_log_likelihood(pair)
-        if semantic_weight > 0:
-            loss += semantic_weight * semantic.negative_log_likelihood(pair)
-        return loss
-
-    def invariance(pair: _Pair) -> tf.Tensor:
-        loss = view_invariance(pair)
-        if semantic_invariance:
-            loss += semantic.invariance(pair)
-        return loss
-
-    return _pair_loss(
-        comparison.pairs,
-        contrastive,
-        invariance,
-        contrastive_weight,
-        invariance_weight,
-        average_pairs,
+    contrastive = comparison.negative_log_likelihood()
+    invariance = comparison.invariance(
+        invariance_weight, kl_grad, kl_form, kl_small
+    )
+    semantic, semantic_kl = comparison.semantic(
+        semantic_positives, has_positive
+    )
+    if semantic_weight > 0:
+        contrastive += semantic_weight * semantic
+    if semantic_invariance and invariance_weight > 0:
+        invariance += invariance_weight * semantic_kl
+    return comparison.mean(
+        contrastive_weight * contrastive + invariance, average_pairs
     )
 
 
@@ -713,10 +635,7 @@ def critic_temperature(log_scale: tf.Tensor, max_scale: float) -> tf.Tensor:
     Raises:
         ValueError: if `max_scale` is not positive.
     """
-    if max_scale <= 0:
-        raise ValueError(
-            f"`max_scale` must be positive. Received: {max_scale}."
-        )
+    _check_positive(max_scale=max_scale)
     # Clamped before the exponential, whose overflow would give 0 * inf.
     clamped = tf.minimum(tf.cast(log_scale, tf.float32), math.log(max_scale))
     return tf.exp(-clamped)
@@ -765,18 +684,14 @@ def sample_negatives(
             f"There are {batch_size - 1} other images in the batch. "
             f"Received: draws of {count}."
         )
-    chosen: list[tf.Tensor] = []
-    for last, draw in zip(
-        range(batch_size - 1 - count, batch_size - 1),
-        tf.unstack(draws, axis=-1),
-        strict=True,
-    ):
-        candidate = _uniform_integer(draw, last + 1)
-        is_taken = tf.zeros_like(candidate, tf.bool)
-        for other in chosen:
-            is_taken = tf.logical_or(is_taken, tf.equal(candidate, other))
-        chosen.append(tf.where(is_taken, last, candidate))
-    others = tf.stack(chosen, axis=-1)
+    lasts = tf.range(batch_size - 1 - count, batch_size - 1)
+    candidates = _uniform_integer(draws, lasts + 1)
+    others = candidates[..., :0]
+    for i in range(count):
+        candidate = candidates[..., i, None]
+        is_taken = tf.reduce_any(tf.equal(candidate, others), -1, keepdims=True)
+        chosen = tf.where(is_taken, lasts[i], candidate)
+        others = tf.concat([others, chosen], -1)
     own = tf.range(draws.shape[-2])[:, None] + offset
     return others + tf.cast(others >= own, tf.int32)
 
@@ -822,30 +737,24 @@ def pseudo_labels(
             f"{len(online)} views, {queue.shape[0]} queues."
         )
     is_other = _is_other(queue_ids, ids)
-    queries = tf.concat(online, 0)
-    counts = tf.zeros([ids.shape[0], num_classes], tf.int32)
-    for entries in tf.unstack(queue):
-        similarity = tf.where(
-            tf.tile(is_other, [len(online), 1]),
-            _scores(queries, entries, 1.0, True),
-            _MASKED,
-        )
-        votes = tf.gather(queue_labels, tf.argmax(similarity, axis=1))
-        for vote in tf.split(votes, len(online)):
-            counts += tf.one_hot(vote, num_classes, dtype=tf.int32)
-    most = tf.reduce_max(counts, axis=1)
+    queries = _prepare(tf.stack(online, 1), True)
+    nearest = []
+    for entries in tf.unstack(_prepare(queue, True)):  # or memory is scarce
+        similarity = tf.einsum("bad,nd->ban", queries, entries)
+        similarity = tf.where(is_other[:, None], similarity, _MASKED)
+        nearest.append(tf.argmax(similarity, axis=2))
+    votes = tf.gather(queue_labels, tf.concat(nearest, 1))
+    is_same = tf.equal(votes[:, :, None], votes[:, None])
+    shares = tf.reduce_mean(tf.cast(is_same, tf.float32), axis=2)
+    share = tf.reduce_max(shares, axis=1)
     # tf.argmax does not promise which of several maxima it returns.
     label = tf.reduce_min(
-        tf.where(
-            tf.equal(counts, most[:, None]), tf.range(num_classes), num_classes
-        ),
-        axis=1,
+        tf.where(tf.equal(shares, share[:, None]), votes, num_classes), axis=1
     )
     has_neighbour = tf.reduce_any(is_other, axis=1)
-    agreement = tf.cast(most, tf.float32) / len(online) ** 2
     return (
         tf.where(has_neighbour, label, -1),
-        tf.where(has_neighbour, agreement, 0.0),
+        tf.stop_gradient(tf.where(has_neighbour, share, 0.0)),
     )
 
 
@@ -884,26 +793,18 @@ def draw_semantic_positives(
     matches = tf.logical_and(matches, labels[:, None] >= 0)
     ranks = tf.cumsum(tf.cast(matches, tf.int32), axis=1)  # from 1 on
     count = ranks[:, -1]
-    num_views, batch, num_draws = draws.shape
-    wanted = tf.transpose(_uniform_integer(draws, count[:, None]), [1, 0, 2])
     slots = tf.searchsorted(
-        ranks, tf.reshape(wanted + 1, [batch, num_views * num_draws])
+        tf.broadcast_to(ranks, [draws.shape[0], *ranks.shape]),
+        1 + _uniform_integer(draws, count[:, None]),
     )
     # Rows without a match find the slot after the last.
     slots = tf.minimum(slots, queue.shape[1] - 1)
-    slots = tf.transpose(
-        tf.reshape(slots, [batch, num_views, num_draws]), [1, 0, 2]
-    )
     positives = tf.gather(
         tf.cast(queue, tf.float32), slots, axis=1, batch_dims=1
     )
     has_positive = count > 0
-    return (
-        tf.stop_gradient(
-            tf.where(has_positive[None, :, None, None], positives, 0.0)
-        ),
-        has_positive,
-    )
+    positives = tf.where(has_positive[:, None, None], positives, 0.0)
+    return tf.stop_gradient(positives), has_positive
 
 
 def contrastive_metrics(
@@ -969,69 +870,50 @@ def _embedding_health(unit: tf.Tensor) -> dict[str, tf.Tensor]:
 
 
 def _f_divergence_loss(
-    directions: list[_Direction], joint: _Function, marginal: _Function
+    views: _TwoViews, joint: _Function, marginal: _Function
 ) -> tf.Tensor:
     """Returns `-(E_P[joint(f)] - E_Q[marginal(f)])`, self pairs scoring 0."""
-    objective = 0.0
-    for direction in directions:
-        batch, columns = _sizes(direction)
-        negatives = _negatives_sum(direction, marginal) + batch * marginal(0.0)
-        objective += 0.5 * (
-            tf.reduce_mean(joint(direction.positive))
-            - negatives / (batch * (columns - 1.0))
-        )
-    return -objective
+    anchors = 2 * views.batch
+    negatives = _negatives_sum(views, marginal) + anchors * marginal(0.0)
+    negatives /= anchors * (views.columns - 1.0)
+    return negatives - tf.reduce_mean(joint(views.positive))
 
 
-def _negatives_sum(direction: _Direction, function: _Function) -> tf.Tensor:
+def _negatives_sum(views: _TwoViews, function: _Function) -> tf.Tensor:
     """Returns the sum of `function` over the scores of all negative pairs."""
-    excluded = tf.logical_or(direction.positive_mask, direction.self_mask)
+    excluded = tf.logical_or(views.positive_mask, views.self_mask)
     # Masked before, so that no overflow of `function` at a positive can turn
     # into 0 * inf, in the value or in the gradient.
-    scores = tf.where(excluded, 0.0, direction.scores)
+    scores = tf.where(excluded, 0.0, views.scores)
     return tf.reduce_sum(tf.where(excluded, 0.0, function(scores)))
 
 
-def _directions(
+def _two_views(
     z1: tf.Tensor,
     z2: tf.Tensor,
     temperature: float,
     hidden_norm: bool,
     gather: Gather | None,
-) -> list[_Direction]:
+) -> _TwoViews:
     """Returns the scores with view 1 and with view 2 as anchors."""
-    if temperature <= 0:
-        raise ValueError(
-            f"`temperature` must be positive. Received: {temperature}."
-        )
+    _check_positive(temperature=temperature)
     gather = gather or _single_replica
     (all1, offset), (all2, _) = gather(z1), gather(z2)
-    if all1.shape[0] == 1:
-        raise ValueError(
-            "A contrastive loss needs negatives: at least 2 images in the "
-            "global batch. Received: 1."
-        )
-    own = tf.equal(
-        tf.range(z1.shape[0])[:, None] + offset, tf.range(all1.shape[0])
+    batch, size = z1.shape[0], all1.shape[0]
+    _check_batch(size)
+    scores = _scores(
+        tf.stack([z1, z2]),
+        tf.stack([tf.concat([all2, all1], 0), tf.concat([all1, all2], 0)]),
+        temperature,
+        hidden_norm,
     )
-    none = tf.zeros_like(own)
-    directions = []
-    for anchors, same, other in ((z1, all1, all2), (z2, all2, all1)):
-        scores = _scores(
-            anchors, tf.concat([other, same], 0), temperature, hidden_norm
-        )
-        positive_mask = tf.concat([own, none], 1)
-        directions.append(
-            _Direction(
-                scores=scores,
-                positive=tf.reduce_sum(
-                    tf.where(positive_mask, scores, 0.0), axis=1
-                ),
-                positive_mask=positive_mask,
-                self_mask=tf.concat([none, own], 1),
-            )
-        )
-    return directions
+    own = tf.range(batch)[:, None] + offset
+    positive_mask = tf.equal(own, tf.range(2 * size))
+    self_mask = tf.equal(own + size, tf.range(2 * size))
+    positive = _select(scores, positive_mask)
+    return _TwoViews(
+        scores, positive, positive_mask, self_mask, float(batch), 2.0 * size
+    )
 
 
 def _scores(
@@ -1040,7 +922,7 @@ def _scores(
     temperature: float,
     hidden_norm: bool,
 ) -> tf.Tensor:
-    """Returns float32 `[b, n]`, the critic of each anchor and candidate."""
+    """Returns float32 `[..., b, n]`, the critic of anchors and candidates."""
     return (
         tf.matmul(
             _prepare(anchors, hidden_norm),
@@ -1054,15 +936,17 @@ def _scores(
 class _Comparison:
     """Online views of local rows against target views of global candidates.
 
-    Matrices of scores that several pairs use are computed once, and views are
-    gathered once, when first asked for.
+    Pairs of views are on axis 1, all at once. Online view a and target view c
+    are number `a nL + c` of all pairs, some of which a loss may leave out.
 
     Attributes:
-        pairs: the pairs (a, c) of views that a loss goes over.
+        pairs: the P pairs (a, c) of views that a loss goes over.
         num_large: nL, the number of large views.
-        anchors: float32 `[b, d]` each, the l2-normalised online views.
-        is_own: bool `[b, M]` or `[1, M]`, True where a row's candidate is its
-            own image; M is B, or 1 + n after `sample`.
+        logits: float32 `[b, P, M]`, scores of the candidates of each pair; M
+            is B, or 1 + n with sampled negatives.
+        log_p: float32 `[b, P, M]`, their `log p_ac`.
+        is_own: bool `[b, 1, M]` or `[1, 1, M]`, True where a row's candidate
+            is its own image.
     """
 
     def __init__(
@@ -1072,223 +956,179 @@ class _Comparison:
         *,
         include_same_view: bool,
         temperature: float | tf.Tensor,
-        bias: float | tf.Tensor,
         gather: Gather | None,
+        bias: float | tf.Tensor = 0.0,
+        num_negatives: int = 0,
+        draws: tf.Tensor | None = None,
     ) -> None:
         self.pairs = _check_views(online, target, include_same_view)
-        if isinstance(temperature, (int, float)) and temperature <= 0:
-            raise ValueError(
-                f"`temperature` must be positive. Received: {temperature}."
-            )
+        _check_not_negative(num_negatives=num_negatives)
+        if isinstance(temperature, (int, float)):
+            _check_positive(temperature=temperature)
         self.num_large = len(target)
-        self.anchors = [_prepare(z, True) for z in online]
-        self._target_anchors = [_prepare(z, True) for z in target]
         self._temperature = tf.cast(temperature, tf.float32)
         self._bias = tf.cast(bias, tf.float32)
         self._gather = gather or _single_replica
-        self._online = online
-        gathered = [self._gather(z) for z in target]
-        self._offset = gathered[0][1]
-        self._targets = [_prepare(z, True) for z, _ in gathered]
-        self._onlines: dict[int, tf.Tensor] = {}
-        self._rows: dict[_Pair, tf.Tensor] = {}
-        batch = online[0].shape[0]
-        self._batch_size = self._targets[0].shape[0]
-        if self._batch_size == 1:
-            raise ValueError(
-                "A contrastive loss needs negatives: at least 2 images in the "
-                "global batch. Received: 1."
-            )
-        self._own = tf.range(batch)[:, None] + self._offset
-        self.is_own = tf.equal(self._own, tf.range(self._batch_size))
-        self._candidates: dict[_Pair, tf.Tensor] = {}
+        self._online, self._target = online, target
+        candidates, offsets = zip(*map(self._gather, target), strict=True)
+        batch, size = online[0].shape[0], candidates[0].shape[0]
+        _check_batch(size)
+        self._anchors = _prepare(tf.stack(online, 1), True)
+        self._scores = self._critic(
+            "bad,cnd->bacn", self._anchors, _prepare(tf.stack(candidates), True)
+        )
+        own = tf.range(batch)[:, None, None] + offsets[0]
+        self._columns = None  # of the scores, `[b, P, M]`
+        self.is_own = tf.equal(own, tf.range(size))
+        if 0 < num_negatives < size - 1:
+            expected = [len(self.pairs), batch, num_negatives]
+            if draws is None or draws.shape.as_list() != expected:
+                raise ValueError(
+                    f"`num_negatives={num_negatives}` needs `draws` of shape "
+                    f"{expected}. Received: {getattr(draws, 'shape', None)}."
+                )
+            others = sample_negatives(draws, size, offsets[0])
+            # Not tf.transpose, for which oneDNN complains about int32.
+            others = tf.stack(tf.unstack(others), 1)
+            own = tf.broadcast_to(own, [*others.shape[:2], 1])
+            self._columns = tf.concat([own, others], 2)
+            self.is_own = tf.equal(tf.range(1 + num_negatives), 0)[None, None]
+        self._numbers = [a * self.num_large + c for a, c in self.pairs]
+        self.logits = self._choose(self._scores, self._numbers)
+        self.log_p = tf.nn.log_softmax(self.logits)
 
-    def sample(self, num_negatives: int, draws: tf.Tensor | None) -> None:
-        """Restricts each row's candidates to its image and sampled others."""
-        _check_not_negative(num_negatives=num_negatives)
-        if num_negatives == 0 or num_negatives >= self._batch_size - 1:
-            return
-        batch = self._own.shape[0]
-        expected = [len(self.pairs), batch, num_negatives]
-        if draws is None or draws.shape.as_list() != expected:
-            raise ValueError(
-                f"`num_negatives={num_negatives}` needs `draws` of shape "
-                f"{expected}. Received: {getattr(draws, 'shape', None)}."
-            )
-        others = sample_negatives(draws, self._batch_size, self._offset)
-        for pair, chosen in zip(self.pairs, tf.unstack(others), strict=True):
-            self._candidates[pair] = tf.concat([self._own, chosen], 1)
-        self.is_own = tf.equal(tf.range(1 + num_negatives), 0)[None]
+    def mean(self, loss: tf.Tensor, average_pairs: bool) -> tf.Tensor:
+        """Returns the mean over rows of the sum or mean over pairs."""
+        mean = tf.reduce_mean(loss)
+        return mean / len(self.pairs) if average_pairs else mean
 
-    def logits(self, online: int, pair: _Pair) -> tf.Tensor:
-        """Returns `[b, M]`: an online view, target view and images of `pair`.
+    def negative_log_likelihood(self) -> tf.Tensor:
+        """Returns `sum_ac -log p_ac(i | i)`, `[b]`."""
+        return -tf.reduce_sum(_select(self.log_p, self.is_own), axis=1)
 
-        The online view is that of the pair or another that is to be compared
-        with it: the candidates are the pair's.
+    def sigmoid_loss(self) -> tf.Tensor:
+        """Returns the sum over pairs and candidates of their loss, `[b]`."""
+        signed = tf.where(self.is_own, self.logits, -self.logits)
+        return tf.reduce_sum(tf.nn.softplus(-signed), axis=[1, 2])
+
+    def invariance(
+        self, weight: float, kl_grad: str, kl_form: str, kl_small: str
+    ) -> tf.Tensor | float:
+        """Returns `weight sum_ac KL_ac(i)`, `[b]`."""
+        _check_choice("kl_grad", kl_grad, _KL_GRADS)
+        _check_choice("kl_form", kl_form, _KL_FORMS)
+        _check_choice("kl_small", kl_small, _KL_SMALLS)
+        if kl_form != "swap" and kl_small != "off":
+            kl_small = kl_form
+        # KL of equal distributions is 0, and so is its gradient.
+        skip_same = kl_form == "swap" and kl_grad != "entropy_only"
+        loss = 0.0
+        for form in dict.fromkeys((kl_form, kl_small)):
+            chosen = [
+                i
+                for i, (a, c) in enumerate(self.pairs)
+                if form == (kl_form if a < self.num_large else kl_small)
+                and not (a == c and skip_same)
+            ]
+            if weight == 0 or form == "off" or not chosen:
+                continue
+            first = tf.gather(self.log_p, chosen, axis=1)
+            second = tf.nn.log_softmax(self._compared(form, chosen))
+            if form in ("shared_target", "transpose_reversed"):
+                first, second = second, first
+            divergence = _kl_divergence(first, second, kl_grad)
+            loss += weight * tf.reduce_sum(divergence, axis=1)
+        return loss
+
+    def semantic(
+        self, positives: tf.Tensor, has_positive: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the two sums over pairs in `semppl_loss`, `[b]` each.
+
+        Of positives z, `[nL, b, k, d]`; 0 for rows without one.
         """
-        return self._choose(self._row_scores((online, pair[1])), pair)
-
-    def log_probabilities(self, pair: _Pair) -> tf.Tensor:
-        """Returns `log p_ac`, `[b, M]`, of pair (a, c)."""
-        return tf.nn.log_softmax(self.logits(pair[0], pair))
-
-    def swapped_log_probabilities(self, pair: _Pair) -> tf.Tensor:
-        """Returns `log p_ca`, `[b, M]`, over the candidates of pair (a, c)."""
-        scores = self._row_scores((pair[1], pair[0]))
-        return tf.nn.log_softmax(self._choose(scores, pair))
-
-    def column_log_probabilities(self, pair: _Pair) -> tf.Tensor:
-        """Returns `log q_ac`, `[b, M]`: target c of a row, online a of all."""
-        a, c = pair
-        if a not in self._onlines:
-            self._onlines[a] = _prepare(self._gather(self._online[a])[0], True)
-        scores = self._critic(
-            tf.matmul(
-                self._target_anchors[c], self._onlines[a], transpose_b=True
-            )
-        )
-        return tf.nn.log_softmax(self._choose(scores, pair))
-
-    def scores_with(self, online: int, others: tf.Tensor) -> tf.Tensor:
-        """Returns `[b, k]`, of an online view with unit vectors `[b, k, d]`."""
-        return self._critic(
-            tf.einsum("bd,bkd->bk", self.anchors[online], others)
-        )
-
-    def negative_log_likelihood(self, pair: _Pair) -> tf.Tensor:
-        """Returns `-log p_ac(i | i)`, `[b]`."""
-        return -_select(self.log_probabilities(pair), self.is_own)
-
-    def sigmoid_loss(self, pair: _Pair) -> tf.Tensor:
-        """Returns the sum over candidates of the pairwise loss, `[b]`."""
-        logits = self.logits(pair[0], pair)
-        signed = tf.where(self.is_own, logits, -logits)
-        return tf.reduce_sum(tf.nn.softplus(-signed), axis=-1)
-
-    def _row_scores(self, pair: _Pair) -> tf.Tensor:
-        if pair not in self._rows:
-            a, c = pair
-            self._rows[pair] = self._critic(
-                tf.matmul(self.anchors[a], self._targets[c], transpose_b=True)
-            )
-        return self._rows[pair]
-
-    def _critic(self, cosine: tf.Tensor) -> tf.Tensor:
-        return cosine / self._temperature + self._bias
-
-    def _choose(self, scores: tf.Tensor, pair: _Pair) -> tf.Tensor:
-        """Returns the candidates' columns, `[b, M]`, of scores `[b, B]`."""
-        if pair not in self._candidates:
-            return scores
-        return tf.gather(scores, self._candidates[pair], axis=1, batch_dims=1)
-
-
-class _SemanticComparison:
-    """A comparison in which queue entries take the place of own positives."""
-
-    def __init__(
-        self,
-        comparison: _Comparison,
-        semantic_positives: tf.Tensor,
-        has_positive: tf.Tensor,
-    ) -> None:
-        batch, dim = comparison.anchors[0].shape
-        shape = semantic_positives.shape.as_list()
-        if [*shape[:2], *shape[3:]] != [comparison.num_large, batch, dim]:
+        shape = positives.shape.as_list()
+        batch, _, dim = self._anchors.shape
+        if [*shape[:2], *shape[3:]] != [self.num_large, batch, dim]:
             raise ValueError(
                 "`semantic_positives` must be of shape "
-                f"[{comparison.num_large}, {batch}, k, {dim}]. "
-                f"Received: {shape}."
+                f"[{self.num_large}, {batch}, k, {dim}]. Received: {shape}."
             )
-        self._comparison = comparison
-        self._positives = tf.stop_gradient(_prepare(semantic_positives, True))
-        self._has_positive = has_positive
-        self._is_own = comparison.is_own[:, None, :]
+        scores = self._critic(
+            "bad,cbkd->back",
+            self._anchors,
+            tf.stop_gradient(_prepare(positives, True)),
+        )
+        is_own = self.is_own[:, :, None]
 
-    def negative_log_likelihood(self, pair: _Pair) -> tf.Tensor:
-        """Returns `-log s_ac(z | i)`, `[b]`, 0 for rows without a z."""
-        log_s = self._log_probabilities(pair[0], pair)
-        return self._mean(-_select(log_s, self._is_own))
-
-    def invariance(self, pair: _Pair) -> tf.Tensor | float:
-        """Returns `KL(sg[s_a'c] || s_ac)`, `[b]`, 0 for rows without a z."""
-        teacher = (pair[0] + 1) % self._comparison.num_large
-        if teacher == pair[0]:
-            return 0.0
-        return self._mean(
-            _kl_divergence(
-                self._log_probabilities(teacher, pair),
-                self._log_probabilities(pair[0], pair),
-                "sg_p",
+        def log_s(numbers: list[int], logits: tf.Tensor) -> tf.Tensor:
+            own = tf.gather(scores, numbers, axis=1)[..., None]
+            return tf.nn.log_softmax(
+                tf.where(is_own, own, logits[:, :, None])  # [b, P, k, M]
             )
+
+        teachers = [
+            (a + 1) % self.num_large * self.num_large + c for a, c in self.pairs
+        ]
+        pupil = log_s(self._numbers, self.logits)
+        teacher = log_s(teachers, self._choose(self._scores, teachers))
+        terms = -_select(pupil, is_own), _kl_divergence(teacher, pupil, "sg_p")
+        nll, kl = (tf.reduce_sum(tf.reduce_mean(x, 2), 1) for x in terms)
+        return (
+            tf.where(has_positive, nll, 0.0),
+            tf.where(has_positive, kl, 0.0),
         )
 
-    def _log_probabilities(self, online: int, pair: _Pair) -> tf.Tensor:
-        """Returns `[b, k, M]`, with the candidates of the pair."""
-        positive = self._comparison.scores_with(
-            online, self._positives[pair[1]]
-        )
-        logits = self._comparison.logits(online, pair)
-        return tf.nn.log_softmax(
-            tf.where(self._is_own, positive[:, :, None], logits[:, None, :])
-        )
+    def _compared(self, form: str, chosen: list[int]) -> tf.Tensor:
+        """Returns `[b, n, M]`, the logits that KL compares chosen pairs with.
 
-    def _mean(self, terms: tf.Tensor) -> tf.Tensor:
-        """Returns `[b]`, the mean of `[b, k]` over draws."""
-        return tf.where(self._has_positive, tf.reduce_mean(terms, axis=1), 0.0)
-
-
-def _invariance(
-    comparison: _Comparison, kl_grad: str, kl_form: str, kl_small: str
-) -> Callable[[_Pair], tf.Tensor | float]:
-    """Returns the function of a pair that is its `KL_ac(i)`, `[b]`."""
-    _check_choice("kl_grad", kl_grad, _KL_GRADS)
-    _check_choice("kl_form", kl_form, _KL_FORMS)
-    _check_choice("kl_small", kl_small, _KL_SMALLS)
-
-    def form_of(a: int, c: int) -> str:
-        if a >= comparison.num_large:
-            if kl_small == "off" or kl_form == "swap":
-                return kl_small
-        elif kl_form == "swap" and a == c and kl_grad != "entropy_only":
-            return "off"  # KL of equal distributions: 0, and so its gradient
-        return kl_form
-
-    def divergence(pair: _Pair) -> tf.Tensor | float:
-        form = form_of(*pair)
-        if form == "off":
-            return 0.0
-        log_p = comparison.log_probabilities(pair)
+        Over the same candidates: "swap", of online view c and target view a;
+        "shared_target", of the online view after c and target view c; else
+        of target view c of the row and online view a of the candidates.
+        """
+        pairs = [self.pairs[i] for i in chosen]
+        scores, count = self._scores, self.num_large
         if form == "swap":
-            first, second = log_p, comparison.swapped_log_probabilities(pair)
+            numbers = [c * count + a for a, c in pairs]
         elif form == "shared_target":
-            teacher = (pair[1] + 1) % comparison.num_large
-            logits = comparison.logits(teacher, pair)
-            first, second = tf.nn.log_softmax(logits), log_p
+            numbers = [(c + 1) % count * count + c for _, c in pairs]
         else:
-            first, second = log_p, comparison.column_log_probabilities(pair)
-            if form == "transpose_reversed":
-                first, second = second, first
-        return _kl_divergence(first, second, kl_grad)
+            first = pairs[0][0]  # the views from it on are all in pairs
+            views = [self._gather(z)[0] for z in self._online[first:]]
+            scores = self._critic(
+                "bcd,and->bcan",
+                _prepare(tf.stack(self._target, 1), True),
+                _prepare(tf.stack(views), True),
+            )
+            numbers = [c * len(views) + a - first for a, c in pairs]
+        return self._choose(scores, numbers, chosen)
 
-    return divergence
+    def _critic(
+        self, equation: str, anchors: tf.Tensor, others: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns scores `[b, V, n]` of V pairs of views."""
+        cosine = tf.einsum(equation, anchors, others)
+        cosine = tf.reshape(cosine, [anchors.shape[0], -1, cosine.shape[-1]])
+        return cosine / self._temperature + self._bias
 
+    def _choose(
+        self,
+        scores: tf.Tensor,
+        numbers: list[int],
+        chosen: list[int] | None = None,
+    ) -> tf.Tensor:
+        """Returns `[b, n, M]`: n of the scores `[b, V, B]`, by their numbers.
 
-def _pair_loss(
-    pairs: list[_Pair],
-    contrastive: Callable[[_Pair], tf.Tensor],
-    invariance: Callable[[_Pair], tf.Tensor | float],
-    contrastive_weight: float,
-    invariance_weight: float,
-    average_pairs: bool,
-) -> tf.Tensor:
-    """Returns the weighted sum or mean over pairs of the means over rows."""
-    loss = 0.0
-    for pair in pairs:
-        loss += contrastive_weight * tf.reduce_mean(contrastive(pair))
-        if invariance_weight > 0:
-            loss += invariance_weight * tf.reduce_mean(invariance(pair))
-    return loss / len(pairs) if average_pairs else loss
+        Of the candidates of the n `chosen` pairs, by default of all pairs.
+        """
+        if self._columns is None:
+            return tf.gather(scores, numbers, axis=1)
+        columns = self._columns
+        if chosen is not None:
+            columns = tf.gather(columns, chosen, axis=1)
+        columns += scores.shape[2] * tf.constant(numbers)[:, None]
+        scores = tf.reshape(scores, [scores.shape[0], -1])
+        return tf.gather(scores, columns, axis=1, batch_dims=1)
 
 
 def _kl_divergence(
@@ -1359,6 +1199,15 @@ def _check_views(
     return pairs
 
 
+def _check_batch(size: int) -> None:
+    """Raises if the global batch is of one image."""
+    if size == 1:
+        raise ValueError(
+            "A contrastive loss needs negatives: at least 2 images in the "
+            "global batch. Received: 1."
+        )
+
+
 def _check_not_negative(**values: float) -> None:
     """Raises if one of the named values is negative."""
     for name, value in values.items():
@@ -1366,6 +1215,13 @@ def _check_not_negative(**values: float) -> None:
             raise ValueError(
                 f"`{name}` must not be negative. Received: {value}."
             )
+
+
+def _check_positive(**values: float) -> None:
+    """Raises if one of the named values is not positive."""
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"`{name}` must be positive. Received: {value}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -1380,12 +1236,6 @@ def _prepare(z: tf.Tensor, hidden_norm: bool) -> tf.Tensor:
     """Returns projections as the critic sees them, in float32."""
     z = tf.cast(z, tf.float32)
     return tf.math.l2_normalize(z, axis=-1) if hidden_norm else z
-
-
-def _sizes(direction: _Direction) -> tuple[float, float]:
-    """Returns the local batch b and the number of columns 2B, as floats."""
-    batch, columns = direction.scores.shape
-    return float(batch), float(columns)
 
 
 def _single_replica(z: tf.Tensor) -> tuple[tf.Tensor, int]:
