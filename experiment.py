@@ -160,9 +160,13 @@ class Run:
             raise ValueError(
                 f"--{' and --'.join(given)} both choose labelled images."
             )
-        if settings.train_mode == "finetune" or not given:
+        if settings.train_mode == "finetune":
             return None
-        if settings.labelled_file:
+        if not given:
+            if not settings.labelled_batch_share:
+                return None
+            ids = np.flatnonzero(labelled.labels_of(self.train_data) >= 0)
+        elif settings.labelled_file:
             ids = labelled.from_file(self.train_data, settings.labelled_file)
         else:
             ids = labelled.choose(
@@ -370,7 +374,7 @@ def make_architecture(
     }
     if finetune and settings.ft_proj_selector == 0:
         values["proj_head_mode"] = "none"
-    if not pretrains:
+    if not (pretrains and methods.METHODS[settings.objective].multi_view):
         # What only pretraining uses is neither built nor restored.
         values |= {
             "predictor": False,
@@ -381,11 +385,7 @@ def make_architecture(
         # So that the many negatives do not dominate at first.
         values["critic_bias"] = -10.0
     elif settings.objective == "semppl":
-        values["queue_shape"] = (
-            settings.num_large_views,
-            settings.queue_size,
-            settings.proj_out_dim,
-        )
+        values["queue_shape"] = settings.num_large_views, settings.queue_size
     return model.Architecture(**values)
 
 

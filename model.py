@@ -216,7 +216,7 @@ class Architecture:
             the projection head.
         learnable_temperature: whether temperature and bias are trained.
         critic_bias: of the logits, where it is trained, at the start.
-        queue_shape: views, entries and size of SemPPL's queue; or ().
+        queue_shape: views and entries of SemPPL's queue; or ().
         ft_proj_selector: the layer of the projection head that the classifier
             sees: 0 is the encoder's output, -1 the projection.
         num_classes: of the classifier; 0 for none.
@@ -498,7 +498,9 @@ def build_networks(architecture: Architecture) -> Networks:
     if architecture.learnable_temperature:
         parts["critic"] = Critic(architecture.critic_bias)
     if architecture.queue_shape:
-        parts["queue"] = LabelledQueue(*architecture.queue_shape)
+        parts["queue"] = LabelledQueue(
+            *architecture.queue_shape, dim=layers[-1].shape[-1]
+        )
     if architecture.num_classes:
         parts["classifier"] = classifier_head(
             input_dim=layers[selector].shape[-1],

@@ -52,7 +52,7 @@ def architecture(objective):
             "target_network": True,
         }
     if objective == "semppl":
-        heads["queue_shape"] = (2, 2 * _BATCH_SIZE, 8)
+        heads["queue_shape"] = (2, 2 * _BATCH_SIZE)
     if objective == "siglip":
         heads["learnable_temperature"] = True
     return model.Architecture(

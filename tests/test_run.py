@@ -294,11 +294,18 @@ def test_views_alternate_and_only_large_ones_lose_their_background():
         assert view.mask_probability == 0
 
 
+def test_two_views_have_neither_target_nor_predictor():
+    settings, _ = _parse("run.py --target_network --predictor")
+    architecture = experiment.make_architecture(_sized(settings), 10)
+    assert not architecture.target_network
+    assert not architecture.predictor
+
+
 def test_only_semppl_has_a_queue():
     for objective in ("semppl", "relicv2"):
         settings, _ = _parse(f"run.py --objective={objective}")
         architecture = experiment.make_architecture(_sized(settings), 10)
-        expected = (4, 64, 256) if objective == "semppl" else ()
+        expected = (4, 64) if objective == "semppl" else ()
         assert architecture.queue_shape == expected
 
 
