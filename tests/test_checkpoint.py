@@ -78,7 +78,7 @@ def test_a_checkpoint_of_other_objects_is_refused(tmp_path):
 
 
 def _run_directory(directory, **changes):
-    fields = dataclasses.replace(architecture(), **changes)
+    fields = dataclasses.replace(architecture("simclr"), **changes)
     networks = model.build_networks(fields)
     checkpoint.write_run(
         str(directory), {"architecture": dataclasses.asdict(fields)}
