@@ -215,8 +215,9 @@ def load_encoder(
     """
     run = read_run(path) or {"architecture": {}}
     fields = {**run["architecture"], **architecture}
-    alone = {"target_network": False, "queue_shape": ()}
-    networks = model.build_networks(model.Architecture(**fields | alone))
+    networks = model.build_networks(
+        model.Architecture(**fields).without_pretraining()
+    )
     name = "target_encoder" if target else "encoder"
     restore_networks(path, **{name: networks.encoder})
     return model.encoder_of_images(networks)

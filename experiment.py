@@ -64,8 +64,8 @@ class Run:
     """What every mode needs: settings, data, devices, networks.
 
     Attributes:
-        settings: the flags in force; image_size, channels, stem and model_dir
-            are resolved.
+        settings: the flags in force; what depends on the data, such as
+            image_size, channels and stem, is resolved.
         strategy: where steps run.
         train_data: the training split.
         architecture: of the networks.
@@ -187,15 +187,20 @@ class Run:
         settings = self.settings
         dataset = self._load(
             settings.train_split,
-            mask_dir=settings.mask_dir,
-            saliency=settings.saliency,
+            **(
+                {"mask_dir": settings.mask_dir, "saliency": settings.saliency}
+                if settings.mask_probability
+                and settings.train_mode == "pretrain"
+                else {}
+            ),
         )
         if settings.objective == "semppl" and not dataset.num_classes:
             raise ValueError(
                 f"SemPPL needs some labels; {settings.dataset} "
                 f"{settings.train_split} has none."
             )
-        if settings.train_on_labelled and settings.checkpoint:
+        finetune = settings.train_mode == "finetune"
+        if finetune and settings.train_on_labelled and settings.checkpoint:
             ids = labelled.read(
                 checkpoint_lib.run_directory(settings.checkpoint)
             )
@@ -219,8 +224,10 @@ class Run:
             settings.stem = "cifar" if is_small else "imagenet"
         if is_small and settings.train_mode == "pretrain":
             method = methods.METHODS[settings.objective]
+            kept = () if settings.target_network else method.without_target
             for name, value in method.small_images.items():
-                if self._sources[name] in (settings.objective, "default"):
+                own = self._sources[name] in (settings.objective, "default")
+                if own and name not in kept:
                     setattr(settings, name, value)
                     self._sources[name] = f"{settings.objective}, small images"
         if settings.small_image_size is None:
@@ -229,7 +236,8 @@ class Run:
             settings.small_image_size = int(settings.image_size * share)
         if settings.queue_size is None:
             settings.queue_size = _QUEUE_BATCHES * settings.train_batch_size
-        if settings.queue_size < settings.train_batch_size:
+        is_short = settings.queue_size < settings.train_batch_size
+        if settings.objective == "semppl" and is_short:
             raise ValueError(
                 f"--queue_size={settings.queue_size} is less than "
                 f"--train_batch_size={settings.train_batch_size}."
@@ -374,17 +382,16 @@ def make_architecture(
     }
     if finetune and settings.ft_proj_selector == 0:
         values["proj_head_mode"] = "none"
-    if not (pretrains and methods.METHODS[settings.objective].multi_view):
-        # What only pretraining uses is neither built nor restored.
-        values |= {
-            "predictor": False,
-            "target_network": False,
-            "learnable_temperature": False,
-        }
-    elif settings.objective == "siglip":
+    method = methods.METHODS[settings.objective]
+    if not pretrains or not method.multi_view:
+        # Neither built nor restored where it would not be used.
+        values |= {"predictor": False, "target_network": False}
+    if not pretrains or "temperature" not in method.arguments:
+        values["learnable_temperature"] = False
+    if pretrains and settings.objective == "siglip":
         # So that the many negatives do not dominate at first.
         values["critic_bias"] = -10.0
-    elif settings.objective == "semppl":
+    if pretrains and settings.objective == "semppl":
         values["queue_shape"] = settings.num_large_views, settings.queue_size
     return model.Architecture(**values)
 
@@ -424,24 +431,27 @@ def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
     }
     return (
         *(
-            _make_view(settings, settings.image_size, view % 2, large)
+            _make_view(settings, view % 2, large)
             for view in range(settings.num_large_views)
         ),
         *(
-            _make_view(settings, settings.small_image_size, 1, small)
+            _make_view(settings, 1, small, is_small=True)
             for _ in range(settings.num_small_views)
         ),
     )
 
 
 def _make_view(
-    settings: Settings, size: int, side: int, overrides: dict[str, Any]
+    settings: Settings,
+    side: int,
+    overrides: dict[str, Any],
+    is_small: bool = False,
 ) -> data_util.Augmentation:
     """Returns a view; `side` 0 or 1, where they differ."""
+    size = settings.small_image_size if is_small else settings.image_size
     if settings.augmentation == "byol":
         return data_util.byol_augmentation(size, view=side, **overrides)
     if settings.augmentation == "relic_pytorch":
-        is_small = size != settings.image_size
         return data_util.relic_pytorch_augmentation(
             size, solarize=not is_small, **overrides
         )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pretraining methods, each a row: its loss and what else it prefers.
 
-Everything that differs between methods is here, as data. The program reads a
-flag's value from the first of these that names it: the command line, the
-preset, the row, the flag's own default.
+Everything that differs between methods is here, as data. The program takes a
+flag's value from the first of these that names it: the command line, the run
+that it goes on from, the preset, the row (for small images, what the row says
+of them), the flag's own default.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ class Method:
         defaults: values of flags that are left unset.
         small_images: values that replace those of `defaults` where images are
             small enough for CIFAR's stem.
-        without_target: values that replace those of `defaults` with
+        without_target: values that replace both with
             `--target_network=false`.
         renamed: flags that other programs call by another name, by that name.
     """
@@ -80,10 +81,13 @@ _BYOL_FAMILY = {
     "weight_decay": 1.5e-6,
 }
 # Nothing is published for small images. Chosen here: a head in proportion to
-# the encoder, and a target that follows within a hundred epochs.
+# the encoder, a target that follows within a hundred epochs, no blur, as
+# SimCLR's recipe of CIFAR-10.
 _BYOL_FAMILY_SMALL = {
     "proj_hidden_dim": (512,),
     "target_decay": 0.99,
+    "weight_decay": 1e-6,
+    "blur_probability": 0.0,
 }
 # Mitrovic et al., arXiv:2010.07922, which is silent about temperature and
 # alpha. With a predictor and a target, BYOL's authors find temperatures of 0.3
@@ -98,6 +102,14 @@ _RELIC = {
     "kl_grad": "none",
     "kl_form": "swap",
     "kl_small": "transpose",
+}
+_RELIC_WITHOUT_TARGET = {
+    "learning_rate": 0.3,
+    "temperature": 0.1,
+    "predictor": False,
+    "proj_hidden_dim": (4096, 2048, 1024, 512),
+    "proj_out_dim": 128,
+    "proj_bn": "all",
 }
 # Both published without code for pretraining; sources in the README.
 _RELICV2 = {
@@ -178,14 +190,7 @@ METHODS: dict[str, Method] = {
         arguments={**_PAIRS, "temperature": "temperature", "alpha": "alpha"},
         defaults={**_RELIC, "num_negatives": 0},
         small_images=_BYOL_FAMILY_SMALL,
-        without_target={
-            "learning_rate": 0.3,
-            "temperature": 0.1,
-            "predictor": False,
-            "proj_hidden_dim": (4096, 2048, 1024, 512),
-            "proj_out_dim": 128,
-            "proj_bn": "all",
-        },
+        without_target=_RELIC_WITHOUT_TARGET,
         renamed={"gamma": "target_decay"},
     ),
     # `relic --use_siglip`: as relic-pytorch has it.
@@ -200,6 +205,7 @@ METHODS: dict[str, Method] = {
         # Few pairs match: without a bias that says so, it starts far off.
         defaults={**_RELIC, "learnable_temperature": True},
         small_images=_BYOL_FAMILY_SMALL,
+        without_target=_RELIC_WITHOUT_TARGET,
         renamed={"gamma": "target_decay"},
     ),
     "relicv2": Method(
@@ -298,9 +304,15 @@ _RELIC_PYTORCH = {
 
 # Published recipes, by what they were published as.
 PRESETS: dict[str, Values] = {
+    "byol_40": _byol_preset(40, 0.45, 1e-6, 0.97),
     "byol_100": _byol_preset(100, 0.45, 1e-6, 0.99),
     "byol_300": _byol_preset(300, 0.3, 1e-6, 0.99),
     "byol_1000": _byol_preset(1000, 0.2, 1.5e-6, 0.996),
+    # Of its appendix G, for smaller batches.
+    "byol_1000_b512": {
+        **_byol_preset(1000, 0.4, 1.5e-6, 0.9995),
+        "train_batch_size": 512,
+    },
     "relic_1000": _relic_preset(1000, objective="relic", learning_rate=0.2),
     "relic_1000_no_target": _relic_preset(
         1000, objective="relic", target_network=False

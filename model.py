@@ -250,6 +250,16 @@ class Architecture:
     num_classes: int
     zero_init_logits_layer: bool
 
+    def without_pretraining(self) -> "Architecture":
+        """Returns it without what only pretraining uses."""
+        return dataclasses.replace(
+            self,
+            predictor=False,
+            target_network=False,
+            learnable_temperature=False,
+            queue_shape=(),
+        )
+
 
 class Critic(keras.layers.Layer):
     """A trained temperature and bias of a loss's logits.
@@ -418,17 +428,29 @@ class Networks:
         projection = self.target_projection(features, training=True)[-1]
         return tf.stop_gradient(projection)
 
+    def reset_target(self) -> None:
+        """Makes the target, if there is one, a copy of the online networks."""
+        for target, online in self._targets():
+            target.set_weights(online.get_weights())
+
     def update_target(self, decay: tf.Tensor) -> None:
         """Moves the target's weights to `decay * target + (1 - decay) * w`."""
-        for target, online in (
-            (self.target_encoder, self.encoder),
-            (self.target_projection, self.projection),
-        ):
-            averages = target.trainable_variables if target else []
+        for target, online in self._targets():
             for average, variable in zip(
-                averages, online.trainable_variables, strict=bool(averages)
+                target.trainable_variables,
+                online.trainable_variables,
+                strict=True,
             ):
                 average.assign(decay * average + (1.0 - decay) * variable)
+
+    def _targets(self) -> list[tuple[keras.Model, keras.Model]]:
+        """Returns each target network with its online one."""
+        if self.target_encoder is None:
+            return []
+        return [
+            (self.target_encoder, self.encoder),
+            (self.target_projection, self.projection),
+        ]
 
     def logits(self, images: tf.Tensor, training: bool) -> tf.Tensor:
         """Returns float32 `[n, num_classes]` of images as in `features`.
@@ -493,21 +515,18 @@ def build_networks(architecture: Architecture) -> Networks:
         parts["target_projection"] = _build_projection(
             architecture, encoder.output_shape[-1]
         )
-        parts["target_encoder"].set_weights(encoder.get_weights())
-        parts["target_projection"].set_weights(projection.get_weights())
     if architecture.learnable_temperature:
         parts["critic"] = Critic(architecture.critic_bias)
     if architecture.queue_shape:
-        parts["queue"] = LabelledQueue(
-            *architecture.queue_shape, dim=layers[-1].shape[-1]
-        )
+        num_views, size = architecture.queue_shape
+        parts["queue"] = LabelledQueue(num_views, size, layers[-1].shape[-1])
     if architecture.num_classes:
         parts["classifier"] = classifier_head(
             input_dim=layers[selector].shape[-1],
             num_classes=architecture.num_classes,
             zero_init=architecture.zero_init_logits_layer,
         )
-    return Networks(
+    networks = Networks(
         architecture=architecture,
         encoder=encoder,
         projection=projection,
@@ -516,6 +535,8 @@ def build_networks(architecture: Architecture) -> Networks:
         ),
         **parts,
     )
+    networks.reset_target()
+    return networks
 
 
 def build_encoder(architecture: Architecture) -> keras.Model:

@@ -540,6 +540,7 @@ def semppl_loss(
     draws: tf.Tensor | None = None,
     contrastive_weight: float = 1.0,
     average_pairs: bool = True,
+    bias: float | tf.Tensor = 0.0,
     gather: Gather | None = None,
 ) -> tf.Tensor:
     """Returns the SemPPL loss: ReLIC with positives of the same (pseudo-)label.
@@ -578,6 +579,7 @@ def semppl_loss(
         draws: as in `relic_loss`.
         contrastive_weight: w >= 0.
         average_pairs: whether to average over pairs instead of summing.
+        bias: as in `relic_loss`.
         gather: as in `simclr_loss`.
 
     Returns:
@@ -597,6 +599,7 @@ def semppl_loss(
         target,
         include_same_view=include_same_view,
         temperature=temperature,
+        bias=bias,
         num_negatives=num_negatives,
         draws=draws,
         gather=gather,

@@ -50,7 +50,10 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
 
-_OBJECTIVES = (*methods.METHODS, *methods.ALIASES)
+# `siglip` is `relic --use_siglip`.
+_OBJECTIVES = tuple(
+    name for name in (*methods.METHODS, *methods.ALIASES) if name != "siglip"
+)
 _SECONDS_BETWEEN_POLLS = 5
 _IMAGES_IN_GRID = 16
 _FROM_SCRATCH = "none"  # as --checkpoint
@@ -635,6 +638,7 @@ _OWN_FLAGS = tuple(
 )
 _OF_PRETRAINING = (
     "objective",
+    "preset",
     "rpc_marginal_norm",
     "lineareval_while_pretraining",
     "augmentation",
@@ -643,7 +647,12 @@ _OF_PRETRAINING = (
     "sym_aug",
     "mask_dir",
     "saliency",
+    "mask_probability",
     "mask_fill",
+    "labelled_fraction",
+    "labels_per_class",
+    "labelled_file",
+    "labelled_batch_share",
 )
 # What only methods with one projection a view can do.
 _OF_MULTI_VIEW = (
@@ -657,14 +666,7 @@ _OF_MULTI_VIEW = (
     "update_gamma_after_step",
     "update_gamma_every_n_steps",
 )
-_OF_SEMPPL = (
-    "queue_size",
-    "num_semantic_positives",
-    "labelled_fraction",
-    "labels_per_class",
-    "labelled_file",
-    "labelled_batch_share",
-)
+_OF_SEMPPL = ("queue_size", "num_semantic_positives")
 _OF_FINETUNING = (
     "fine_tune_after_block",
     "zero_init_logits_layer",
@@ -767,8 +769,8 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
     """Returns the flags' values in force and where each comes from.
 
     The command line comes first, then the run that this one evaluates or
-    starts from, then what fine-tuning or the objective prefers, then the
-    flag's own default.
+    starts from, then the preset, then what fine-tuning or the objective
+    prefers, then the flag's own default.
 
     Raises:
         ValueError: if flags contradict each other.
@@ -787,18 +789,21 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
         setattr(settings, name, value)
 
     layers: dict[str, methods.Values] = {"its run": _inherited_values()}
-    if FLAGS.preset:
+    resolve("train_mode", layers)
+    if FLAGS.preset and settings.train_mode == "pretrain":
         layers[f"preset {FLAGS.preset}"] = methods.PRESETS[FLAGS.preset]
-    for name in ("train_mode", "objective", "target_network", "use_siglip"):
+    for name in ("objective", "target_network", "use_siglip"):
         resolve(name, layers)
     objective = methods.canonical_name(settings.objective, settings.use_siglip)
-    if settings.train_mode == "finetune":
-        layers["fine-tuning"] = _FINETUNE_DEFAULTS
-    else:
-        layers[objective] = methods.METHODS[objective].values(
-            target_network=sources["target_network"] == "default"
-            or settings.target_network
-        )
+    of_method = methods.METHODS[objective].values(
+        target_network=sources["target_network"] == "default"
+        or settings.target_network
+    )
+    layers |= (
+        {"fine-tuning": _FINETUNE_DEFAULTS}
+        if settings.train_mode == "finetune"
+        else {objective: of_method}
+    )
     for name in _OWN_FLAGS:
         resolve(name, layers)
     settings.objective = objective
@@ -812,13 +817,13 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
 def _tidy(settings: Settings, sources: dict[str, str]) -> None:
     """Replaces what flags cannot say by what is meant."""
     for name, meant in methods.METHODS[settings.objective].renamed.items():
+        if sources[name] == "command line" == sources[meant]:
+            raise ValueError(f"--{name} and --{meant} mean the same here.")
         if sources[name] == "command line":
             setattr(settings, meant, getattr(settings, name))
-            sources[meant] = "command line"
+            sources[meant] = f"--{name}"
     settings.proj_hidden_dim = tuple(int(n) for n in settings.proj_hidden_dim)
     settings.target_decay = settings.target_decay or 0.0
-    if settings.checkpoint == _FROM_SCRATCH:
-        settings.checkpoint = None
 
 
 def _inherited_values() -> dict[str, Any]:
@@ -846,7 +851,10 @@ def _wait_for_run(directory: str) -> None:
 
 
 def _check(settings: Settings) -> None:
-    """Raises ValueError for flags that contradict each other."""
+    """Raises ValueError for flags that contradict each other.
+
+    A checkpoint that is not to be there (`none`) is then None.
+    """
     finetune = settings.train_mode == "finetune"
     if not finetune and settings.fine_tune_after_block != -1:
         raise ValueError(
@@ -857,13 +865,18 @@ def _check(settings: Settings) -> None:
     needs_checkpoint = settings.mode == "probe" or (
         finetune and settings.mode != "eval"
     )
-    if needs_checkpoint and not settings.checkpoint:
+    given = settings.checkpoint
+    if needs_checkpoint and (
+        not given or given == _FROM_SCRATCH and not finetune
+    ):
         raise ValueError(
             "--checkpoint must name the pretrained run; to train from scratch, "
             "give --checkpoint=none."
             if finetune
             else "--mode=probe needs --checkpoint, the run to look at."
         )
+    if settings.checkpoint == _FROM_SCRATCH:
+        settings.checkpoint = None
     if settings.use_tpu and settings.cpu_replicas > 1:
         raise ValueError("--cpu_replicas is for runs without a TPU.")
     if settings.use_siglip and settings.objective != "siglip":
@@ -902,6 +915,7 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     else:
         for name in _OF_FINETUNING:
             reasons[name] = "it is of fine-tuning"
+        reasons |= _idle(settings)
         for name in of_methods - _of_method(method):
             reasons[name] = f"the objective {settings.objective} has none"
     return [
@@ -911,6 +925,65 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     ]
 
 
+def _idle(settings: Settings) -> dict[str, str]:
+    """Returns why flags do nothing beside the others' values."""
+    rules = [
+        (
+            settings.augmentation != "simclr",
+            f"--augmentation={settings.augmentation} has strengths of its own",
+            ("color_jitter_strength", "use_blur"),
+        ),
+        (
+            not (settings.mask_dir or settings.saliency),
+            "there are no masks without --mask_dir or --saliency",
+            ("mask_probability", "mask_fill"),
+        ),
+        (
+            not settings.mask_probability,
+            "--mask_probability is 0",
+            ("mask_dir", "saliency"),
+        ),
+        (
+            settings.learnable_temperature,
+            "it is trained, and starts at that of relic-pytorch",
+            ("temperature",),
+        ),
+        (
+            not settings.target_network,
+            "there is no target network",
+            (
+                "target_decay",
+                "gamma",
+                "update_gamma_after_step",
+                "update_gamma_every_n_steps",
+            )
+            if methods.METHODS[settings.objective].multi_view
+            else (),
+        ),
+        (
+            not settings.num_small_views,
+            "there are no small views",
+            ("small_image_size", "small_crop_area", "kl_small"),
+        ),
+        (
+            settings.proj_head_mode != "nonlinear",
+            f"the head is {settings.proj_head_mode}",
+            ("num_proj_layers",),
+        ),
+        (
+            settings.proj_head_mode != "mlp" and not settings.predictor,
+            f"the head is {settings.proj_head_mode}",
+            ("proj_hidden_dim", "proj_bn"),
+        ),
+    ]
+    return {
+        name: reason
+        for is_so, reason, names in rules
+        if is_so
+        for name in names
+    }
+
+
 def _of_method(method: methods.Method) -> set[str]:
     """Returns the flags that mean something for this method and not for all."""
     names = {*method.arguments.values(), *method.renamed}
@@ -918,8 +991,8 @@ def _of_method(method: methods.Method) -> set[str]:
         names.add("gradient_penalty_weight")
     if method.multi_view:
         names.update(_OF_MULTI_VIEW)
-    if "temperature" in names and method.multi_view:
-        names.add("learnable_temperature")
+        if "temperature" in names:
+            names.add("learnable_temperature")
     if "num_semantic_positives" in method.defaults:
         names.update(_OF_SEMPPL)
     return names
@@ -945,6 +1018,11 @@ def _train(run: Run) -> Callable[[], None]:
             max_to_keep=config.keep_checkpoint_max,
             optimizer=optimizers.networks,
             classifier_optimizer=optimizers.classifier,
+            **(
+                {"critic_optimizer": optimizers.critic}
+                if optimizers.critic
+                else {}
+            ),
             **run.networks.models(),
         )
     run.write(config)
@@ -957,6 +1035,7 @@ def _train(run: Run) -> Callable[[], None]:
                 f"{of_target}projection": run.networks.projection,
             },
         )
+        run.networks.reset_target()
     labelled_per_batch = round(
         settings.labelled_batch_share * config.batch_size
     )

@@ -37,6 +37,8 @@ ViewMaker = Callable[[Batch], list[tf.Tensor]]
 # shows and a signal is answered, yet the host is rarely in the way.
 _SECONDS_A_CALL = 2.0
 
+_CRITIC_RATE = 1e-3
+
 # What draws of an example are for, where views are numbered from 0.
 _NEGATIVES, _SEMANTIC_POSITIVES = 1 << 16, (1 << 16) + 1
 
@@ -131,11 +133,14 @@ class Optimizers(NamedTuple):
     """One optimizer for the networks, one for the linear classifier.
 
     The classifier has its own so that LARS's rules (decay and trust ratio by
-    rank) need no exception by name: SimCLR trains its head without either.
+    rank) need no exception by name: SimCLR trains its head without either. A
+    trained temperature and bias have Adam: they are scalars, for which a
+    learning rate that grows with the batch would be too high.
     """
 
     networks: keras.optimizers.Optimizer
     classifier: keras.optimizers.Optimizer
+    critic: keras.optimizers.Optimizer | None
 
 
 def learning_rate_schedule(config: TrainConfig) -> schedules.WarmupCosine:
@@ -181,10 +186,14 @@ def build_optimizers(
             f"`optimizer` must be one of {', '.join(optimizers)}. "
             f"Received: {config.optimizer!r}."
         )
-    pair = Optimizers(*optimizers[config.optimizer]())
-    pair.networks.build(_network_variables(config, networks))
-    pair.classifier.build(_classifier_variables(networks))
-    return pair
+    critic = None
+    if networks.critic:
+        critic = keras.optimizers.Adam(_CRITIC_RATE)
+        critic.build(_critic_variables(networks))
+    made = Optimizers(*optimizers[config.optimizer](), critic)
+    made.networks.build(_network_variables(config, networks))
+    made.classifier.build(_classifier_variables(networks))
+    return made
 
 
 def build_step(
@@ -241,10 +250,11 @@ def _pretrain_step(
             online, target, features = forward(views)
         more: dict[str, Any] = {}
         if networks.critic:
-            more["bias"] = networks.critic.bias
+            more["bias"] = tf.identity(networks.critic.bias)
             more["temperature"] = objective.critic_temperature(
                 networks.critic.log_scale, networks.critic.max_scale
             )
+            metrics |= more
         if networks.queue:
             semantic, measured = _semantic_positives(
                 config, networks.queue, batch, online, target, gather
@@ -262,12 +272,12 @@ def _pretrain_step(
             online[0],
             target[:2][-1],
             gather=gather,
-            **critic,
+            **critic | {k: v for k, v in more.items() if k in critic},
         )
         if networks.classifier:
             labels = tf.tile(batch["label"], [config.num_large_views])
             probe = _classification(
-                networks.classifier(tf.stop_gradient(features)), labels
+                networks.classifier(tf.stop_gradient(features)), labels, gather
             )
             metrics |= {f"probe_{k}": v for k, v in probe.items()}
             loss += probe["loss"] + _decay_loss(config, classifier_variables)
@@ -284,6 +294,7 @@ def _pretrain_step(
             [
                 (optimizers.networks, variables),
                 (optimizers.classifier, classifier_variables),
+                (optimizers.critic, _critic_variables(networks)),
             ],
         )
         if networks.target_encoder:
@@ -448,7 +459,9 @@ def _finetune_step(
         (images,) = make_views(batch)
         with tf.GradientTape() as tape:
             metrics = _classification(
-                networks.logits(images, training=True), batch["label"]
+                networks.logits(images, training=True),
+                batch["label"],
+                _Gather(),
             )
             decayed = [
                 variable
@@ -565,7 +578,6 @@ def _network_variables(
             networks.encoder,
             networks.projection,
             networks.prediction,
-            networks.critic,
         ]
     else:
         models = [networks.encoder, networks.projection_to_classifier]
@@ -577,6 +589,10 @@ def _classifier_variables(networks: model.Networks) -> list[tf.Variable]:
     return classifier.trainable_variables if classifier else []
 
 
+def _critic_variables(networks: model.Networks) -> list[tf.Variable]:
+    return networks.critic.trainable_variables if networks.critic else []
+
+
 def _decay_loss(config: TrainConfig, variables: list[tf.Variable]) -> tf.Tensor:
     """Returns the L2 loss of kernels; BatchNorm and biases are spared."""
     kernels = [v for v in variables if len(v.shape) > 1]
@@ -585,7 +601,9 @@ def _decay_loss(config: TrainConfig, variables: list[tf.Variable]) -> tf.Tensor:
     return config.weight_decay * tf.add_n([tf.nn.l2_loss(v) for v in kernels])
 
 
-def _classification(logits: tf.Tensor, labels: tf.Tensor) -> Metrics:
+def _classification(
+    logits: tf.Tensor, labels: tf.Tensor, gather: objective.Gather
+) -> Metrics:
     """Returns the mean cross-entropy and top-1/top-5 accuracy.
 
     Rows without a label (-1) take no part.
@@ -594,9 +612,10 @@ def _classification(logits: tf.Tensor, labels: tf.Tensor) -> Metrics:
     loss = weight * tf.nn.sparse_softmax_cross_entropy_with_logits(
         tf.maximum(labels, 0), logits
     )
-    labelled = tf.maximum(tf.reduce_sum(weight), 1.0)
-    # Of the loss the mean over all rows: a sum over replicas of means over
-    # each one's labelled rows would depend on how rows are spread over them.
+    # A mean over replicas of each one's own share would depend on how labelled
+    # rows are spread over them; of the loss, it is the mean over all rows.
+    labelled = tf.reduce_mean(gather(tf.reduce_sum(weight)[tf.newaxis])[0])
+    labelled = tf.maximum(labelled, 1e-6)
     return {"loss": tf.reduce_mean(loss)} | {
         f"top_{k}_accuracy": tf.reduce_sum(weight * _in_top(k, logits, labels))
         / labelled

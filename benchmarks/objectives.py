@@ -18,8 +18,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
+import keras
+
 import checkpoint
 import data
+import labelled
 import model
 import probe
 
@@ -48,13 +51,14 @@ _OF_SIMCLR_FAMILY = {
     "js": [],
     "wpc": [],
 }
+_LABELS_PER_CLASS = 5
 _OF_MULTI_VIEW = {
     "byol": [],
     "relic": [],
     "relic, no target": ["--target_network=false"],
     "relicv2": [],
     "semppl, 5 labels a class": [
-        "--labels_per_class=5",
+        f"--labels_per_class={_LABELS_PER_CLASS}",
         "--labelled_batch_share=0.125",
     ],
     "semppl, all labels": [],
@@ -78,7 +82,7 @@ def main() -> None:
     lines = [
         f"| {args.dataset} | {' | '.join(_COLUMNS)} | minutes |",
         "|---" * (len(_COLUMNS) + 2) + "|",
-        line("raw pixels", measure(None, splits), 0.0),
+        line("raw pixels", measure(None, splits, args.seed), 0.0),
     ]
     encoder = None
     for row in args.rows:
@@ -87,10 +91,12 @@ def main() -> None:
         pretrain(row, folder, args, more)
         minutes = (time.monotonic() - start) / 60
         if encoder is None:
-            encoder = untrained(folder)
-            lines.append(line("random encoder", measure(encoder, splits), 0.0))
+            encoder = untrained(folder, args.seed)
+            lines.append(
+                line("random encoder", measure(encoder, splits, args.seed), 0.0)
+            )
         trained = checkpoint.load_encoder(str(folder))
-        lines.append(line(row, measure(trained, splits), minutes))
+        lines.append(line(row, measure(trained, splits, args.seed), minutes))
         print(lines[-1], flush=True)
     print("\n".join(lines))
 
@@ -134,16 +140,22 @@ def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
         sys.exit(result.stderr[-3000:])
 
 
-def untrained(folder: pathlib.Path):
+def untrained(folder: pathlib.Path, seed: int):
     """Returns an encoder of the run's architecture with fresh weights."""
+    keras.utils.set_random_seed(seed)
     fields = checkpoint.read_run(str(folder))["architecture"]
-    fields |= {"target_network": False, "queue_shape": ()}
-    networks = model.build_networks(model.Architecture(**fields))
-    return model.encoder_of_images(networks)
+    architecture = model.Architecture(**fields).without_pretraining()
+    return model.encoder_of_images(model.build_networks(architecture))
 
 
-def measure(encoder, splits) -> list[float]:
-    """Returns accuracies, in the order of the columns."""
+def measure(encoder, splits, seed: int) -> list[float]:
+    """Returns accuracies, in the order of the columns.
+
+    The 5 labels a class are those that SemPPL's row sees.
+    """
+    labelled_ids = labelled.choose(
+        splits[0], per_class=_LABELS_PER_CLASS, seed=seed
+    )
     train, test = (
         probe.compute_features(encoder, split, split.image_size[0])
         for split in splits
@@ -152,7 +164,9 @@ def measure(encoder, splits) -> list[float]:
         probe.linear_accuracy(train, test),
         probe.knn_accuracy(train, test),
         probe.few_label_accuracy(train, test, 1),
-        probe.few_label_accuracy(train, test, 5),
+        probe.linear_accuracy(
+            (train[0][labelled_ids], train[1][labelled_ids]), test
+        ),
     ]
 
 

@@ -80,7 +80,9 @@ def test_every_objective_learns_photo_patches(objective, tmp_path):
         "photo_patches",
         data.load("photo_patches", "train"),
         data.load("photo_patches", "test"),
-        f"--objective={objective}",
+        # `siglip` is not a flag's value.
+        *(["--use_siglip"] if objective == "siglip" else []),
+        f"--objective={objective.replace('siglip', 'relic')}",
         "--width_multiplier=0.25",
         "--train_batch_size=128",
         "--train_epochs=5",

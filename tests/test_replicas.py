@@ -13,7 +13,11 @@ import methods
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 _CASES = [f"{name}:momentum" for name in methods.METHODS]
-_CASES_OF_FOUR = ["rpc:lars", "dv:momentum", "semppl:momentum"]
+_CASES_OF_FOUR = [
+    "rpc:lars",
+    "dv:momentum",
+    *(f"{name}:momentum" for name in ("byol", "relic", "relicv2", "semppl")),
+]
 
 
 def _start(num_replicas, folder, cases):

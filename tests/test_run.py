@@ -220,7 +220,8 @@ def test_gpu_script_is_the_recipe_of_the_rpc_paper():
 
 @pytest.mark.parametrize("objective", methods.METHODS)
 def test_unset_flags_take_the_objective_s_defaults(objective):
-    settings, sources = _parse(f"run.py --objective={objective}")
+    flag = "relic --use_siglip" if objective == "siglip" else objective
+    settings, sources = _parse(f"run.py --objective={flag}")
     method = methods.METHODS[objective]
     for name, value in method.defaults.items():
         assert getattr(settings, name) == value
@@ -294,6 +295,66 @@ def test_views_alternate_and_only_large_ones_lose_their_background():
         assert view.mask_probability == 0
 
 
+def test_from_scratch_is_said_by_none():
+    settings, _ = _parse("run.py --train_mode=finetune --checkpoint=none")
+    assert settings.checkpoint is None
+    with pytest.raises(ValueError, match="the run to look at"):
+        _parse("run.py --mode=probe --checkpoint=none")
+
+
+def test_a_preset_is_of_pretraining(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(run.logging, "warning", warnings.append)
+    settings, _ = _parse(
+        "run.py --train_mode=finetune --checkpoint=none --preset=relicv2_300"
+    )
+    assert settings.weight_decay == 0
+    assert settings.train_batch_size == 512
+    assert warnings == ["--preset has no effect: it is of pretraining."]
+
+
+def test_flags_that_idle_beside_others_are_reported(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(run.logging, "warning", warnings.append)
+    _parse(
+        "run.py --objective=byol --color_jitter_strength=0.5 "
+        "--small_crop_area=0.1,0.2 --num_proj_layers=2 --mask_probability=0.5"
+    )
+    _parse("run.py --objective=relic --target_network=false --gamma=0.9")
+    assert [line.split()[0] for line in warnings] == [
+        "--color_jitter_strength",
+        "--mask_probability",
+        "--small_crop_area",
+        "--num_proj_layers",
+        "--gamma",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [("", (512,)), ("--target_network=false", (4096, 2048, 1024, 512))],
+)
+def test_small_images_have_defaults_of_their_own(flag, expected, tmp_path):
+    settings, sources = _parse(
+        f"run.py --objective=relic --dataset=photo_patches {flag} "
+        f"--resnet_depth=10 --width_multiplier=0.125 --model_dir={tmp_path}"
+    )
+    program = experiment.Run(settings, sources)
+    assert program.settings.proj_hidden_dim == expected
+    assert program.settings.target_decay == 0.99
+    views = experiment.make_views(program.settings)
+    assert [view.blur_probability for view in views] == [0, 0]
+
+
+def test_a_learnt_temperature_is_of_losses_that_have_one():
+    for objective, expected in (("byol", False), ("semppl", True)):
+        settings, _ = _parse(
+            f"run.py --objective={objective} --learnable_temperature"
+        )
+        architecture = experiment.make_architecture(_sized(settings), 10)
+        assert architecture.learnable_temperature == expected
+
+
 def test_two_views_have_neither_target_nor_predictor():
     settings, _ = _parse("run.py --target_network --predictor")
     architecture = experiment.make_architecture(_sized(settings), 10)
@@ -362,6 +423,11 @@ def test_a_flag_of_another_objective_is_reported(monkeypatch):
         (
             "--dataset=photo_patches --objective=byol --num_large_views=1",
             "two views",
+        ),
+        (
+            "--dataset=photo_patches --objective=relic --gamma=0.9 "
+            "--target_decay=0.8",
+            "mean the same",
         ),
         (
             "--dataset=photo_patches --objective=rpc --use_siglip",

@@ -341,10 +341,56 @@ def test_the_step_compiles_under_xla_and_computes_the_same(objective, tmp_path):
         )
 
 
-@pytest.mark.parametrize("objective", ["rpc", "wpc"])
-def test_the_other_kinds_of_step_train(objective, tmp_path):
-    words = [*_SMALL, f"--objective={objective}", "--train_steps=2"]
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--objective=rpc",
+        "--objective=wpc",
+        "--objective=relic --use_siglip --num_small_views=1",
+        "--objective=relic --target_network=false --proj_hidden_dim=16,16",
+    ],
+)
+def test_the_other_kinds_of_step_train(words, tmp_path):
+    words = [*_SMALL, *words.split(), "--train_steps=2"]
+    words.append("--train_summary_steps=1")
     assert _main(f"--model_dir={tmp_path}", *words) == 0
+    scalars, _ = _scalars(tmp_path)
+    if "--use_siglip" in words:
+        # Both are trained, from relic-pytorch's and SigLIP's start.
+        first, second = scalars["train/bias"]
+        assert first == (1, -10)
+        assert 0 < abs(second[1] + 10) < 0.1
+        np.testing.assert_allclose(
+            [value for _, value in scalars["train/temperature"]],
+            np.exp(-1),
+            atol=0.01,
+        )
+
+
+def test_pretraining_from_a_checkpoint_starts_its_target_there(
+    pretrained, tmp_path
+):
+    words = [*_SMALL, "--objective=byol", "--padding=fixed"]
+    words += ["--proj_head_mode=nonlinear", "--proj_hidden_dim=16"]
+    code = _main(
+        f"--model_dir={tmp_path}",
+        f"--checkpoint={pretrained}",
+        *words,
+        "--learning_rate=0",
+        "--train_steps=1",
+    )
+    assert code == 0
+    before, after = _tensors(pretrained, 3), _tensors(tmp_path, 1)
+    compared = 0
+    for key, value in before.items():
+        part, _, name = key.partition("/")
+        if part in ("encoder", "projection") and "moving" not in name:
+            # To the rounding of a step's moving average.
+            np.testing.assert_allclose(
+                after[f"target_{key}"], value, rtol=1e-6, err_msg=key
+            )
+            compared += 1
+    assert compared > 40
 
 
 def test_every_objective_has_a_row_and_an_alias_points_to_one():
