@@ -77,16 +77,16 @@ def measure(name, args, more) -> tuple[float, dict[str, float]]:
             *more,
         ]
     )
-    program = experiment.Run(*run.resolve_flags())
+    described = experiment.Run(*run.resolve_flags())
     config = experiment.make_train_config(
-        program.settings, program.train_data, 1
+        described.settings, described.train_data, 1
     )
-    networks, strategy = program.networks, program.strategy
+    networks, strategy = described.networks, described.strategy
     with strategy.scope():
         optimizers = trainer.build_optimizers(config, networks)
     stream = iter(
         data.train_stream(
-            program.train_data, batch_size=config.batch_size, seed=config.seed
+            described.train_data, batch_size=config.batch_size, seed=config.seed
         )
     )
     loop = trainer.CompiledLoop(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs: through the command line, killed, resumed, followed."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import time
 import keras
 import numpy as np
 import pytest
+import replica_run
 import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
@@ -491,3 +493,42 @@ def test_evaluation_needs_nothing_that_only_pretraining_uses(semppl):
     result = json.loads((semppl[1] / "result.json").read_text())
     assert result["global_step"] == 8
     assert result["num_examples"] == 2000
+
+
+def _loss(objective, **hyperparameters):
+    """The loss of a row, of two large views' embeddings."""
+    config = replica_run.config(objective, "momentum")
+    views = config.views[:2]
+    arguments = config.hyperparameters | hyperparameters
+    config = dataclasses.replace(config, views=views, hyperparameters=arguments)
+    rng = np.random.default_rng(0)
+    online, target = (
+        [tf.constant(rng.normal(size=(16, 8)), tf.float32) for _ in range(2)]
+        for _ in range(2)
+    )
+    batch = {
+        "id": tf.range(16, dtype=tf.int64),
+        "epoch": tf.zeros([16], tf.int32),
+    }
+    more = {}
+    if objective == "semppl":  # nothing in the queue
+        more["semantic_positives"] = tf.zeros([2, 16, 3, 8])
+        more["has_positive"] = tf.zeros([16], tf.bool)
+    return float(trainer._loss(config, online, target, batch=batch, **more))
+
+
+def test_methods_meet_at_their_limits():
+    relic = _loss("relic", alpha=0.0, temperature=0.2)
+    same = {
+        "contrastive_weight": 1.0,
+        "num_negatives": 0,
+        "include_same_view": False,
+        "average_pairs": False,
+    }
+    relicv2 = _loss("relicv2", alpha=0.0, **same)
+    np.testing.assert_allclose(relicv2, relic, rtol=1e-6)
+    # With an empty queue, and with its own terms off.
+    relicv2 = _loss("relicv2")
+    np.testing.assert_allclose(_loss("semppl"), relicv2, rtol=1e-6)
+    off = {"semantic_weight": 0.0, "semantic_invariance": False}
+    np.testing.assert_allclose(_loss("semppl", **off), relicv2, rtol=1e-6)
