@@ -127,8 +127,14 @@ _RELICV2 = {
     "kl_small": "transpose",
     "mask_probability": 0.1,
 }
-# 16 pixels of (0.05, 0.14) of a 32-pixel image would show 7 x 7 of them.
-_RELICV2_SMALL = {**_BYOL_FAMILY_SMALL, "small_crop_area": (0.05, 0.4)}
+# 16 pixels of (0.05, 0.14) of a 32-pixel image would show 7 x 7 of them. Of the
+# weights, see the README's results: with those of large images, pseudo-labels
+# are wrong for long, and count for little.
+_RELICV2_SMALL = {
+    **_BYOL_FAMILY_SMALL,
+    "small_crop_area": (0.05, 0.4),
+    "invariance_weight": 1.0,
+}
 
 # Temperatures and weights: SimCLR's are its tf2/run.py's; those of the RPC
 # family its gpu_pretrain_finetune_cifar.sh's (0.5 for all but RPC itself).
@@ -238,7 +244,7 @@ METHODS: dict[str, Method] = {
             "semantic_invariance": True,
             "num_semantic_positives": 3,
         },
-        small_images=_RELICV2_SMALL,
+        small_images={**_RELICV2_SMALL, "semantic_weight": 1.0},
     ),
 }
 ALIASES = {"chi": "rpc", "nce": "simclr"}
