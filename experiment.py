@@ -386,7 +386,7 @@ def make_architecture(
     if not pretrains or not method.multi_view:
         # Neither built nor restored where it would not be used.
         values |= {"predictor": False, "target_network": False}
-    if not pretrains or "temperature" not in method.arguments:
+    if not pretrains or not method.can_learn_temperature:
         values["learnable_temperature"] = False
     if pretrains and settings.objective == "siglip":
         # So that the many negatives do not dominate at first.

@@ -57,6 +57,11 @@ class Method:
     without_target: Values = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def can_learn_temperature(self) -> bool:
+        """Whether the loss takes a trained temperature and bias."""
+        return self.multi_view and "temperature" in self.arguments
+
     def values(self, *, target_network: bool) -> Values:
         """Returns the flags' values with or without a target network."""
         more = {} if target_network else self.without_target

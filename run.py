@@ -927,6 +927,7 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
 
 def _idle(settings: Settings) -> dict[str, str]:
     """Returns why flags do nothing beside the others' values."""
+    method = methods.METHODS[settings.objective]
     rules = [
         (
             settings.augmentation != "simclr",
@@ -944,7 +945,7 @@ def _idle(settings: Settings) -> dict[str, str]:
             ("mask_dir", "saliency"),
         ),
         (
-            settings.learnable_temperature,
+            settings.learnable_temperature and method.can_learn_temperature,
             "it is trained, and starts at that of relic-pytorch",
             ("temperature",),
         ),
@@ -957,7 +958,7 @@ def _idle(settings: Settings) -> dict[str, str]:
                 "update_gamma_after_step",
                 "update_gamma_every_n_steps",
             )
-            if methods.METHODS[settings.objective].multi_view
+            if method.multi_view
             else (),
         ),
         (
@@ -991,8 +992,8 @@ def _of_method(method: methods.Method) -> set[str]:
         names.add("gradient_penalty_weight")
     if method.multi_view:
         names.update(_OF_MULTI_VIEW)
-        if "temperature" in names:
-            names.add("learnable_temperature")
+    if method.can_learn_temperature:
+        names.add("learnable_temperature")
     if "num_semantic_positives" in method.defaults:
         names.update(_OF_SEMPPL)
     return names

@@ -347,7 +347,8 @@ def test_small_images_have_defaults_of_their_own(flag, expected, tmp_path):
 
 
 def test_a_learnt_temperature_is_of_losses_that_have_one():
-    for objective, expected in (("byol", False), ("semppl", True)):
+    cases = {"simclr": False, "byol": False, "relicv2": True, "semppl": True}
+    for objective, expected in cases.items():
         settings, _ = _parse(
             f"run.py --objective={objective} --learnable_temperature"
         )
