@@ -40,12 +40,17 @@ class TrainingCheckpoints:
             max_to_keep: older checkpoints are deleted.
             **objects: keras models, stored by the paths of their variables,
                 and other trackable objects; all their variables exist.
+                None is left out.
         """
         self.directory = directory
         self.step = tf.Variable(0, dtype=tf.int64, name="step")
         self._checkpoint = tf.train.Checkpoint(
             step=self.step,
-            **{name: _trackable(item) for name, item in objects.items()},
+            **{
+                name: _trackable(item)
+                for name, item in objects.items()
+                if item is not None
+            },
         )
         self._manager = tf.train.CheckpointManager(
             self._checkpoint, directory, max_to_keep

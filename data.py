@@ -297,8 +297,8 @@ def train_stream(
         of the `R` replicas of this host.
 
     Raises:
-        ValueError: if the batch, or its labelled part, does not divide among
-            the replicas or exceeds the examples; if an encoded dataset is
+        ValueError: if the batch does not divide among the replicas; if it, or
+            its labelled part, exceeds the examples; if an encoded dataset is
             given no views, or a view is to be masked and the dataset has no
             masks; if labelled examples are asked for of TFRecords.
     """
@@ -381,9 +381,8 @@ def _with_labelled(
     _check_ids(dataset, "labelled_ids", labelled)
     unlabelled = np.setdiff1d(dataset.example_ids, labelled)
     others = plan.batch_size - labelled_per_batch
-    if not 0 < labelled_per_batch <= len(labelled) or not 0 < others <= len(
-        unlabelled
-    ):
+    enough_labelled = 0 < labelled_per_batch <= len(labelled)
+    if not enough_labelled or not 0 < others <= len(unlabelled):
         raise ValueError(
             "`labelled_per_batch` must be positive, less than `batch_size`, "
             "and there must be as many labelled, and other, examples as in a "

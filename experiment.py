@@ -42,21 +42,12 @@ _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
-# Flags that replace a preset's value, named as `data_util.Augmentation`'s
-# fields, and those among them that are a smallest and a largest value.
-AUGMENTATION_RANGES = ("crop_area", "crop_aspect", "blur_sigma")
-AUGMENTATION_OVERRIDES = (
-    "flip_probability",
-    "jitter_probability",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "grayscale_probability",
-    "blur_probability",
-    "solarize_probability",
-    *AUGMENTATION_RANGES,
-    "brightness_mode",
+# Flags that replace the value of an augmentation's preset.
+AUGMENTATION_OVERRIDES = tuple(
+    field.name
+    for field in dataclasses.fields(data_util.Augmentation)
+    if field.name
+    not in ("size", "crop", "crop_min_covered", "mask_probability", "mask_fill")
 )
 
 
@@ -185,21 +176,18 @@ class Run:
     def _load_train_data(self) -> data.Dataset:
         """Loads the training split, or what the flags make of it."""
         settings = self.settings
+        finetune = settings.train_mode == "finetune"
+        masked = not finetune and settings.mask_probability
         dataset = self._load(
             settings.train_split,
-            **(
-                {"mask_dir": settings.mask_dir, "saliency": settings.saliency}
-                if settings.mask_probability
-                and settings.train_mode == "pretrain"
-                else {}
-            ),
+            mask_dir=settings.mask_dir if masked else None,
+            saliency=settings.saliency if masked else None,
         )
         if settings.objective == "semppl" and not dataset.num_classes:
             raise ValueError(
                 f"SemPPL needs some labels; {settings.dataset} "
                 f"{settings.train_split} has none."
             )
-        finetune = settings.train_mode == "finetune"
         if finetune and settings.train_on_labelled and settings.checkpoint:
             ids = labelled.read(
                 checkpoint_lib.run_directory(settings.checkpoint)
@@ -416,8 +404,9 @@ def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
         for name in AUGMENTATION_OVERRIDES
         if getattr(settings, name) is not None
     }
-    for name in set(overrides) & set(AUGMENTATION_RANGES):
-        overrides[name] = tuple(float(x) for x in overrides[name])
+    for name, value in overrides.items():
+        if isinstance(value, (list, tuple)):  # a smallest and a largest
+            overrides[name] = tuple(float(x) for x in value)
     if settings.sym_aug:
         # The mean of BYOL's two: equal in accuracy (its table 17).
         symmetric = {"blur_probability": 0.5, "solarize_probability": 0.2}

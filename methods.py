@@ -19,14 +19,16 @@ Values = Mapping[str, Any]  # by the name of the flag
 
 # Every critic's arguments, and the flags they come from.
 _CRITIC = {"temperature": "temperature", "hidden_norm": "hidden_norm"}
+# Those of a loss of pairs of views; and where negatives can be sampled.
 _PAIRS = {
+    "temperature": "temperature",
     "include_same_view": "include_same_view",
-    "num_negatives": "num_negatives",
     "kl_grad": "kl_grad",
     "kl_form": "kl_form",
     "kl_small": "kl_small",
     "average_pairs": "average_pairs",
 }
+_SAMPLED_PAIRS = {**_PAIRS, "num_negatives": "num_negatives"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +200,7 @@ METHODS: dict[str, Method] = {
     "relic": Method(
         loss=objective.relic_loss,
         multi_view=True,
-        arguments={**_PAIRS, "temperature": "temperature", "alpha": "alpha"},
+        arguments={**_SAMPLED_PAIRS, "alpha": "alpha"},
         defaults={**_RELIC, "num_negatives": 0},
         small_images=_BYOL_FAMILY_SMALL,
         without_target=_RELIC_WITHOUT_TARGET,
@@ -208,11 +210,7 @@ METHODS: dict[str, Method] = {
     "siglip": Method(
         loss=objective.siglip_loss,
         multi_view=True,
-        arguments={
-            **{k: v for k, v in _PAIRS.items() if k != "num_negatives"},
-            "temperature": "temperature",
-            "alpha": "alpha",
-        },
+        arguments={**_PAIRS, "alpha": "alpha"},
         # Few pairs match: without a bias that says so, it starts far off.
         defaults={**_RELIC, "learnable_temperature": True},
         small_images=_BYOL_FAMILY_SMALL,
@@ -223,8 +221,7 @@ METHODS: dict[str, Method] = {
         loss=objective.relic_loss,
         multi_view=True,
         arguments={
-            **_PAIRS,
-            "temperature": "temperature",
+            **_SAMPLED_PAIRS,
             "alpha": "invariance_weight",
             "contrastive_weight": "contrast_weight",
         },
@@ -235,8 +232,7 @@ METHODS: dict[str, Method] = {
         loss=objective.semppl_loss,
         multi_view=True,
         arguments={
-            **_PAIRS,
-            "temperature": "temperature",
+            **_SAMPLED_PAIRS,
             "invariance_weight": "invariance_weight",
             "contrastive_weight": "contrast_weight",
             "semantic_weight": "semantic_weight",

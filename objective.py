@@ -32,9 +32,9 @@ _Function = Callable[[tf.Tensor], tf.Tensor]
 
 _MASKED = -1e9  # a logit that no softmax sees; reference code's LARGE_NUM
 
-_KL_GRADS = ("sg_p", "entropy_only", "none")
-_KL_FORMS = ("swap", "transpose", "transpose_reversed")
-_KL_SMALLS = ("transpose", "shared_target", "off")
+KL_GRADS = ("sg_p", "entropy_only", "none")
+KL_FORMS = ("swap", "transpose", "transpose_reversed")
+KL_SMALLS = ("transpose", "shared_target", "off")
 
 _Pair = tuple[int, int]  # an online and a target view
 
@@ -1018,9 +1018,9 @@ class _Comparison:
         self, weight: float, kl_grad: str, kl_form: str, kl_small: str
     ) -> tf.Tensor | float:
         """Returns `weight sum_ac KL_ac(i)`, `[b]`."""
-        _check_choice("kl_grad", kl_grad, _KL_GRADS)
-        _check_choice("kl_form", kl_form, _KL_FORMS)
-        _check_choice("kl_small", kl_small, _KL_SMALLS)
+        _check_choice("kl_grad", kl_grad, KL_GRADS)
+        _check_choice("kl_form", kl_form, KL_FORMS)
+        _check_choice("kl_small", kl_small, KL_SMALLS)
         if kl_form != "swap" and kl_small != "off":
             kl_small = kl_form
         # KL of equal distributions is 0, and so is its gradient.

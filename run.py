@@ -38,6 +38,7 @@ import data_util
 import experiment
 import methods
 import model
+import objective
 import probe
 import reporting
 import saliency
@@ -342,7 +343,7 @@ flags.DEFINE_bool(
 flags.DEFINE_enum(
     "kl_form",
     None,
-    ["swap", "transpose", "transpose_reversed"],
+    objective.KL_FORMS,
     "ReLIC family: what a distribution over images is compared with: that of "
     "the swapped views, or of the columns; reversed as in relic-pytorch. "
     f"{_by_method('kl_form')}.",
@@ -350,14 +351,14 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "kl_grad",
     None,
-    ["sg_p", "entropy_only", "none"],
+    objective.KL_GRADS,
     "ReLIC family: what of KL's first argument has no gradient: all of it, its "
     f"entropy (ReLICv2's equation), nothing. {_by_method('kl_grad')}.",
 )
 flags.DEFINE_enum(
     "kl_small",
     None,
-    ["transpose", "shared_target", "off"],
+    objective.KL_SMALLS,
     f"ReLIC family: KL of small views. {_by_method('kl_small')}.",
 )
 flags.DEFINE_bool("use_siglip", False, "ReLIC: SigLIP's pairwise sigmoid loss.")
@@ -568,7 +569,7 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_enum(
-    "mask_fill", "zero", ["zero", "mean", "noise"], "In the background's place."
+    "mask_fill", "zero", data_util.MASK_FILLS, "In the background's place."
 )
 flags.DEFINE_float(
     "color_jitter_strength",
@@ -794,21 +795,21 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
         layers[f"preset {FLAGS.preset}"] = methods.PRESETS[FLAGS.preset]
     for name in ("objective", "target_network", "use_siglip"):
         resolve(name, layers)
-    objective = methods.canonical_name(settings.objective, settings.use_siglip)
-    of_method = methods.METHODS[objective].values(
+    row = methods.canonical_name(settings.objective, settings.use_siglip)
+    of_method = methods.METHODS[row].values(
         target_network=sources["target_network"] == "default"
         or settings.target_network
     )
     layers |= (
         {"fine-tuning": _FINETUNE_DEFAULTS}
         if settings.train_mode == "finetune"
-        else {objective: of_method}
+        else {row: of_method}
     )
     for name in _OWN_FLAGS:
         resolve(name, layers)
-    settings.objective = objective
-    _tidy(settings, sources)
+    settings.objective = row
     _check(settings)
+    _tidy(settings, sources)
     for line in _without_effect(settings, sources):
         logging.warning(line)
     return settings, sources
@@ -824,6 +825,8 @@ def _tidy(settings: Settings, sources: dict[str, str]) -> None:
             sources[meant] = f"--{name}"
     settings.proj_hidden_dim = tuple(int(n) for n in settings.proj_hidden_dim)
     settings.target_decay = settings.target_decay or 0.0
+    if settings.checkpoint == _FROM_SCRATCH:
+        settings.checkpoint = None
 
 
 def _inherited_values() -> dict[str, Any]:
@@ -851,10 +854,7 @@ def _wait_for_run(directory: str) -> None:
 
 
 def _check(settings: Settings) -> None:
-    """Raises ValueError for flags that contradict each other.
-
-    A checkpoint that is not to be there (`none`) is then None.
-    """
+    """Raises ValueError for flags that contradict each other."""
     finetune = settings.train_mode == "finetune"
     if not finetune and settings.fine_tune_after_block != -1:
         raise ValueError(
@@ -875,8 +875,6 @@ def _check(settings: Settings) -> None:
             if finetune
             else "--mode=probe needs --checkpoint, the run to look at."
         )
-    if settings.checkpoint == _FROM_SCRATCH:
-        settings.checkpoint = None
     if settings.use_tpu and settings.cpu_replicas > 1:
         raise ValueError("--cpu_replicas is for runs without a TPU.")
     if settings.use_siglip and settings.objective != "siglip":
@@ -1019,11 +1017,7 @@ def _train(run: Run) -> Callable[[], None]:
             max_to_keep=config.keep_checkpoint_max,
             optimizer=optimizers.networks,
             classifier_optimizer=optimizers.classifier,
-            **(
-                {"critic_optimizer": optimizers.critic}
-                if optimizers.critic
-                else {}
-            ),
+            critic_optimizer=optimizers.critic,
             **run.networks.models(),
         )
     run.write(config)

@@ -346,20 +346,16 @@ def _loss(
     arguments = {**config.hyperparameters, **more}
     if not method.multi_view:
         return method.loss(*online, gather=gather, **arguments)
-    size = config.batch_size if batch else len(online[0])
-    if "num_negatives" in arguments:
-        count = arguments["num_negatives"]
-        if not 0 < count < size - 1:
-            arguments["num_negatives"] = 0  # all of them
-        elif batch:
-            pairs = objective.num_pairs(
-                len(online), len(target), arguments["include_same_view"]
-            )
-            arguments["draws"] = _draws(config, batch, _NEGATIVES, pairs, count)
+    count = arguments.get("num_negatives", 0)
+    if batch and 0 < count < config.batch_size - 1:
+        pairs = objective.num_pairs(
+            len(online), len(target), arguments["include_same_view"]
+        )
+        arguments["draws"] = _draws(config, batch, _NEGATIVES, pairs, count)
     if method.loss is objective.semppl_loss and not batch:
-        shape = [len(target), size, 1, online[0].shape[1]]
-        arguments["semantic_positives"] = tf.zeros(shape)
-        arguments["has_positive"] = tf.zeros([size], tf.bool)
+        rows, dim = online[0].shape
+        arguments["semantic_positives"] = tf.zeros([len(target), rows, 1, dim])
+        arguments["has_positive"] = tf.zeros([rows], tf.bool)
     return method.loss(online, target, gather=gather, **arguments)
 
 

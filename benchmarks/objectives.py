@@ -104,17 +104,12 @@ def main() -> None:
 def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
     """Runs the program; goes on where it was if it has run already."""
     strength, colour = _COLOURS.get(args.dataset, (0.5, []))
-    colour = [
-        *colour,
-        f"--color_jitter_strength={strength}"
-        if row in _OF_SIMCLR_FAMILY
-        # What SimCLR's strength 1 means, in flags that replace BYOL's.
-        else f"--brightness={0.8 * strength}",
-    ]
     if row in _OF_SIMCLR_FAMILY:
-        colour.append("--use_blur=false")
+        views = [f"--color_jitter_strength={strength}", "--use_blur=false"]
     else:
-        colour += [
+        # What SimCLR's strength means, in flags that replace BYOL's.
+        views = [
+            f"--brightness={0.8 * strength}",
             f"--contrast={0.8 * strength}",
             f"--saturation={0.8 * strength}",
             f"--hue={0.2 * strength}",
@@ -132,6 +127,7 @@ def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
         f"--model_dir={folder}",
         *_COMMON,
         *colour,
+        *views,
         *_ROWS[row],
         *more,
     ]

@@ -54,6 +54,7 @@ _MAY_IMPORT = {
         "experiment",
         "methods",
         "model",
+        "objective",
         "probe",
         "reporting",
         "saliency",

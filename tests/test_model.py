@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of model.py."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
+import replica_run
 import tensorflow as tf
 
 import model
@@ -172,30 +175,8 @@ def test_mlp_has_the_layers_of_its_norm(norm, norms, biases):
 
 
 def _architecture(**fields):
-    return model.Architecture(
-        **{
-            "resnet_depth": 10,
-            "width_multiplier": 0.125,
-            "stem": "cifar",
-            "padding": "same",
-            "sk_ratio": 0.0,
-            "se_ratio": 0.0,
-            "zero_init_residual": False,
-            "global_bn": True,
-            "batch_norm_decay": 0.9,
-            "channels": 3,
-            "image_mean": (),
-            "image_std": (),
-            "proj_head_mode": "mlp",
-            "proj_hidden_dim": (16,),
-            "proj_out_dim": 8,
-            "num_proj_layers": 2,
-            "ft_proj_selector": 0,
-            "num_classes": 0,
-            "zero_init_logits_layer": False,
-            **fields,
-        }
-    )
+    base = replica_run.architecture("byol").without_pretraining()
+    return dataclasses.replace(base, padding="same", num_classes=0, **fields)
 
 
 def test_the_target_starts_as_a_copy_and_follows_by_its_decay():
