@@ -61,6 +61,7 @@ _OF_MULTI_VIEW = {
         f"--labels_per_class={_LABELS_PER_CLASS}",
         "--labelled_batch_share=0.125",
     ],
+    "semppl, 50 labels a class": ["--labels_per_class=50"],
     "semppl, all labels": [],
 }
 _ROWS = {**_OF_SIMCLR_FAMILY, **_OF_MULTI_VIEW}
