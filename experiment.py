@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -42,6 +42,7 @@ _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
+_DATA_FLAGS = ("dataset", "data_dir", "train_split", "seed")
 # Flags that replace the value of an augmentation's preset.
 AUGMENTATION_OVERRIDES = tuple(
     field.name
@@ -153,6 +154,9 @@ class Run:
             )
         if settings.train_mode == "finetune":
             return None
+        if given and self._continues((*flags, *_DATA_FLAGS)):
+            # Reading all labels of a large dataset again would take minutes.
+            return labelled.read(settings.model_dir)
         if not given:
             if not settings.labelled_batch_share:
                 return None
@@ -172,6 +176,14 @@ class Run:
             self.train_data.num_examples,
         )
         return ids
+
+    def _continues(self, names: Sequence[str]) -> bool:
+        """Returns whether `model_dir` holds a run of the same flags `names`."""
+        before = checkpoint_lib.read_run(self.settings.model_dir)
+        return before is not None and all(
+            before["flags"].get(name) == getattr(self.settings, name)
+            for name in names
+        )
 
     def _load_train_data(self) -> data.Dataset:
         """Loads the training split, or what the flags make of it."""
@@ -311,9 +323,10 @@ class Run:
         now = json.loads(json.dumps(now))  # tuples become lists, as when read
         if before and tf.train.latest_checkpoint(settings.model_dir):
             _compare_runs(settings.model_dir, before, now)
-        checkpoint_lib.write_run(settings.model_dir, now)
+        # First the ids: where there is a `run.json`, they are there.
         if self.labelled_ids is not None:
             labelled.write(settings.model_dir, self.labelled_ids)
+        checkpoint_lib.write_run(settings.model_dir, now)
 
 
 def _compare_runs(
@@ -323,9 +336,10 @@ def _compare_runs(
 
     def differing(part: str) -> list[str]:
         return [
-            f"{name}: {before[part].get(name)} there, {value} here"
+            f"{name}: {before[part][name]} there, {value} here"
             for name, value in now[part].items()
-            if before[part].get(name) != value
+            # A run of an earlier version has fewer flags and fields.
+            if name in before[part] and before[part][name] != value
         ]
 
     networks = differing("architecture")

@@ -250,6 +250,12 @@ flags.DEFINE_bool(
     False,
     "ReLIC: whether temperature and bias are trained, as in relic-pytorch.",
 )
+flags.DEFINE_float(
+    "max_inverse_temperature",
+    5.0,
+    "Largest inverse of a trained temperature.",
+    lower_bound=0.01,
+)
 flags.DEFINE_bool(
     "hidden_norm",
     None,
@@ -309,6 +315,20 @@ flags.DEFINE_bool(
     "SemPPL: whether there is a KL term of semantic positives, too. "
     f"{_by_method('semantic_invariance')}.",
 )
+flags.DEFINE_enum(
+    "sempos_negatives",
+    None,
+    objective.SEMPOS_NEGATIVES,
+    "SemPPL: what a semantic positive is told apart from: other images' "
+    "targets, or their semantic positives. "
+    f"{_by_method('sempos_negatives')}.",
+)
+flags.DEFINE_bool(
+    "drop_same_label_negatives",
+    None,
+    "SemPPL: whether images of the same (pseudo-)label are no negatives. "
+    f"{_by_method('drop_same_label_negatives')}.",
+)
 flags.DEFINE_integer(
     "num_semantic_positives",
     0,
@@ -325,7 +345,8 @@ flags.DEFINE_integer(
     "num_negatives",
     None,
     "ReLIC family: negatives sampled from the global batch for each image and "
-    f"pair of views; 0: all. {_by_method('num_negatives')}.",
+    "pair of views, some tens at most; 0: all. "
+    f"{_by_method('num_negatives')}.",
     lower_bound=0,
 )
 flags.DEFINE_bool(
@@ -382,6 +403,13 @@ flags.DEFINE_float(
     f"{_by_method('target_decay')}.",
     lower_bound=0,
     upper_bound=1,
+)
+flags.DEFINE_enum(
+    "target_bn",
+    "batch",
+    model.TARGET_BNS,
+    "The target's BatchNorm: by statistics of the batch, as in BYOL's code, or "
+    "by the moving average of the online network's.",
 )
 flags.DEFINE_integer(
     "update_gamma_after_step",
@@ -664,6 +692,7 @@ _OF_MULTI_VIEW = (
     "predictor",
     "target_network",
     "target_decay",
+    "target_bn",
     "update_gamma_after_step",
     "update_gamma_every_n_steps",
 )
@@ -948,10 +977,16 @@ def _idle(settings: Settings) -> dict[str, str]:
             ("temperature",),
         ),
         (
+            not settings.learnable_temperature,
+            "the temperature is not trained",
+            ("max_inverse_temperature",),
+        ),
+        (
             not settings.target_network,
             "there is no target network",
             (
                 "target_decay",
+                "target_bn",
                 "gamma",
                 "update_gamma_after_step",
                 "update_gamma_every_n_steps",
@@ -991,7 +1026,7 @@ def _of_method(method: methods.Method) -> set[str]:
     if method.multi_view:
         names.update(_OF_MULTI_VIEW)
     if method.can_learn_temperature:
-        names.add("learnable_temperature")
+        names.update(("learnable_temperature", "max_inverse_temperature"))
     if "num_semantic_positives" in method.defaults:
         names.update(_OF_SEMPPL)
     return names

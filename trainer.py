@@ -356,6 +356,7 @@ def _loss(
         rows, dim = online[0].shape
         arguments["semantic_positives"] = tf.zeros([len(target), rows, 1, dim])
         arguments["has_positive"] = tf.zeros([rows], tf.bool)
+        arguments["labels"] = tf.zeros([rows], tf.int32)
     return method.loss(online, target, gather=gather, **arguments)
 
 
@@ -393,8 +394,9 @@ def _semantic_positives(
     votes, agreement = objective.pseudo_labels(
         online[: len(target)], *entries, ids, num_classes=config.num_classes
     )
+    known = tf.where(labelled, labels, votes)
     positives, has_positive = objective.draw_semantic_positives(
-        tf.where(labelled, labels, votes),
+        known,
         *entries,
         ids,
         _draws(
@@ -427,7 +429,11 @@ def _semantic_positives(
         tf.reduce_sum(counts, axis=0)
     )
     return (
-        {"semantic_positives": positives, "has_positive": has_positive},
+        {
+            "semantic_positives": positives,
+            "has_positive": has_positive,
+            "labels": known,
+        },
         {
             "pseudo_label_accuracy": tf.math.divide_no_nan(right, votes_judged),
             "vote_share": tf.math.divide_no_nan(votes_cast, unlabelled),

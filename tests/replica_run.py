@@ -55,6 +55,7 @@ def architecture(objective):
         heads["queue_shape"] = (2, 2 * _BATCH_SIZE)
     if objective == "siglip":
         heads["learnable_temperature"] = True
+        heads["target_bn"] = "average"
     return model.Architecture(
         **{
             "resnet_depth": 10,

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing import (
     plugin_event_accumulator as event_accumulator,
 )
 
+import labelled
 import methods
 import run
 import trainer
@@ -414,6 +415,8 @@ def semppl(tmp_path_factory):
         "--num_small_views=1",
         "--proj_hidden_dim=16",
         "--queue_size=40",
+        "--sempos_negatives=sempos",
+        "--drop_same_label_negatives",
         "--steps_per_loop=1",
         "--train_summary_steps=1",
         "--train_steps=8",
@@ -430,8 +433,11 @@ def semppl(tmp_path_factory):
             patched.setattr(run._Signals, "received", signal.SIGTERM)
             code = _main(f"--model_dir={folder / 'stopped'}", *words)
             assert code == 128 + signal.SIGTERM
-        for name in ("stopped", "whole"):
-            assert _main(f"--model_dir={folder / name}", *words) == 0
+            patched.undo()
+            # The choice is read back, not made again from all labels.
+            patched.setattr(labelled, "choose", None)
+            assert _main(f"--model_dir={folder / 'stopped'}", *words) == 0
+        assert _main(f"--model_dir={folder / 'whole'}", *words) == 0
     return folder / "stopped", folder / "whole"
 
 
