@@ -75,7 +75,8 @@ def test_replicas_equal_one_device(runs, num_replicas, case):
             # Relative to how far the variable has moved since the start.
             share = {"0": 0.0, "1": 5e-3, "3": 2e-2}[step]
             moved = np.linalg.norm(expected - one[f"{case}|{what}|0"])
-            rounding = 1e-7 * np.linalg.norm(expected) + 1e-9
+            # A bias before BatchNorm moves by rounding alone.
+            rounding = 1e-7 * np.linalg.norm(expected) + 5e-9
             assert np.linalg.norm(error) <= share * moved + rounding, key
         compared += 1
     assert compared > 20
