@@ -41,6 +41,7 @@ import model
 import objective
 import probe
 import reporting
+import resnet
 import saliency
 import trainer
 from experiment import Run, Settings
@@ -442,8 +443,26 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "padding",
     "fixed",
-    ["fixed", "same"],
-    "Of strided convolutions: symmetric (SimCLR) or TensorFlow's SAME.",
+    resnet.PADDINGS,
+    "Of strided convolutions and the max-pool: symmetric and SAME (fixed, "
+    "SimCLR's), TensorFlow's SAME (same, BYOL's), symmetric (torch).",
+)
+flags.DEFINE_enum(
+    "shortcuts",
+    "always",
+    resnet.SHORTCUTS,
+    "Where the first block of a group projects its shortcut: always, or where "
+    "its shape changes, as in torchvision.",
+)
+flags.DEFINE_bool(
+    "preactivation",
+    False,
+    "Whether BatchNorm and ReLU stand before convolutions (ResNet version 2).",
+)
+flags.DEFINE_list(
+    "base_filters",
+    [str(n) for n in resnet.BASE_FILTERS],
+    "Channels of the stem and the four groups, before width_multiplier.",
 )
 flags.DEFINE_float(
     "sk_ratio", 0.0, "Selective kernels if > 0; try 0.0625.", lower_bound=0
@@ -690,6 +709,9 @@ _INHERITED = (
     "width_multiplier",
     "stem",
     "padding",
+    "shortcuts",
+    "preactivation",
+    "base_filters",
     "sk_ratio",
     "se_ratio",
     "global_bn",
@@ -823,7 +845,9 @@ def _tidy(settings: Settings, sources: dict[str, str]) -> None:
         if sources[name] == "command line":
             setattr(settings, meant, getattr(settings, name))
             sources[meant] = f"--{name}"
-    settings.proj_hidden_dim = tuple(int(n) for n in settings.proj_hidden_dim)
+    for name in ("proj_hidden_dim", "base_filters"):
+        numbers = tuple(int(n) for n in getattr(settings, name))
+        setattr(settings, name, numbers)
     settings.target_decay = settings.target_decay or 0.0
     if settings.checkpoint == _FROM_SCRATCH:
         settings.checkpoint = None
