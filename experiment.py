@@ -36,8 +36,6 @@ import trainer
 Settings = types.SimpleNamespace  # the flags in force, by name
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
@@ -353,7 +351,7 @@ def make_architecture(
             f"{settings.train_split} has none."
         )
     normalize = settings.normalize == "imagenet"
-    if normalize and settings.channels != len(_IMAGENET_MEAN):
+    if normalize and settings.channels != len(model.IMAGENET_MEAN):
         raise ValueError(
             "--normalize=imagenet is of 3 channels. "
             f"Received images of {settings.channels}."
@@ -365,8 +363,8 @@ def make_architecture(
     }
     values |= {
         "num_classes": num_classes if needs_classifier else 0,
-        "image_mean": _IMAGENET_MEAN if normalize else (),
-        "image_std": _IMAGENET_STD if normalize else (),
+        "image_mean": model.IMAGENET_MEAN if normalize else (),
+        "image_std": model.IMAGENET_STD if normalize else (),
     }
     if finetune and settings.ft_proj_selector == 0:
         values["proj_head_mode"] = "none"
