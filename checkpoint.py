@@ -1,22 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints and resume; encoders read back from run directories.
+"""Training checkpoints and resume; encoders read, also of other programs.
 
 A run directory (`model_dir`) holds `run.json`, which says what the run is
 (see `write_run`), and `ckpt-STEP` files, each the whole state of training.
+What other programs publish is read by `read_published`.
 """
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import safetensors
+import safetensors.numpy
 import tensorflow as tf
 from absl import logging
+from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 import model
+import published
+import unpickling
 
 _RUN_FILE = "run.json"
-
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+# Where the variables of SimCLR's TensorFlow 2 encoder are among its objects.
+# Keras adds other ways to the same variables.
+_SIMCLR_ENCODER = "resnet_model"
+_SIMCLR_OBJECTS = re.compile(
+    r"\d+|initial_conv_relu_max_pool|block_groups|layers|conv2d_bn_layers"
+    r"|conv_relu_dropblock_layers|projection_layers|shortcut_layers|se_layer"
+    r"|conv2d(_fixed_padding|_0|_1)?|batch_norm_relu(_1)?|bn|se_reduce"
+    r"|se_expand|kernel|bias|gamma|beta|moving_mean|moving_variance"
+)
 
 # What TensorFlow raises for a truncated, damaged or half-deleted checkpoint.
 _DAMAGE = (tf.errors.OpError, IndexError, RuntimeError)
@@ -203,13 +220,15 @@ def read_run(path: str) -> dict[str, Any] | None:
 def load_encoder(
     path: str, *, target: bool = False, **architecture: Any
 ) -> keras.Model:
-    """Returns the trained encoder of a run of this program.
+    """Returns a trained encoder, of this program or another.
 
     Args:
-        path: a run directory or a checkpoint prefix in one.
+        path: a run directory or a checkpoint prefix in one, or what
+            `read_published` reads.
         target: whether the moving average of the encoder is meant.
         **architecture: fields of `model.Architecture` that replace those in
-            the directory's `run.json`; all of them where it has none.
+            the directory's `run.json`, or those found in another program's
+            file; all of them for a checkpoint without `run.json`.
 
     Returns:
         keras.Model from float32 images `[n, h, w, c]` in [0, 1] to float32
@@ -218,6 +237,11 @@ def load_encoder(
     Raises:
         ValueError: if there is no checkpoint, or it does not fit.
     """
+    foreign = read_published(path, target=target, **architecture)
+    if foreign:
+        networks = model.build_networks(foreign.architecture)
+        foreign.assign_to(networks.encoder)
+        return model.encoder_of_images(networks)
     run = read_run(path) or {"architecture": {}}
     fields = {**run["architecture"], **architecture}
     networks = model.build_networks(
@@ -226,3 +250,153 @@ def load_encoder(
     name = "target_encoder" if target else "encoder"
     restore_networks(path, **{name: networks.encoder})
     return model.encoder_of_images(networks)
+
+
+def restore_pretrained(
+    path: str, networks: model.Networks, *, target: bool = False
+) -> None:
+    """Gives networks the encoder, and the projection if there, of a file.
+
+    Args:
+        path: as `load_encoder`'s.
+        networks: whose variables are replaced.
+        target: whether the moving averages are meant.
+
+    Raises:
+        ValueError: if there is no checkpoint, or it does not fit.
+    """
+    foreign = read_published(path, target=target)
+    if not foreign:
+        name = "target_" if target else ""
+        restore_networks(
+            path,
+            **{
+                f"{name}encoder": networks.encoder,
+                f"{name}projection": networks.projection,
+            },
+        )
+        return
+    if networks.architecture.ft_proj_selector:
+        raise ValueError(
+            f"Of {path}, the encoder alone is read: there is no projection "
+            "head for --ft_proj_selector to choose from."
+        )
+    foreign.assign_to(networks.encoder)
+
+
+def read_published(
+    path: str, *, target: bool = False, **architecture: Any
+) -> published.Published | None:
+    """Returns the encoder in a file of another program.
+
+    Read are pickles of DeepMind's programs, files of torch, `.safetensors`,
+    TensorFlow checkpoints and SavedModels; see `published.identify`.
+
+    Args:
+        path: a file, a TensorFlow checkpoint's prefix or directory, or a
+            SavedModel's directory.
+        target: whether the moving average of the encoder is meant.
+        **architecture: fields of `model.Architecture` that replace those found.
+
+    Returns:
+        What was found; None if `path` is of a run of this program.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds no encoder that is
+            known.
+    """
+    tensors = _tensors(path)
+    if tensors is None:
+        return None
+    try:
+        found = published.identify(tensors, target=target, **architecture)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    logging.info(
+        "%s: %s, ResNet-%d, %d tensors. Not read, as they are of other "
+        "networks: %s.",
+        path,
+        found.source,
+        found.architecture.resnet_depth,
+        len(found.weights),
+        f"{len(found.unread)}, such as {found.unread[0]}"
+        if found.unread
+        else "none",
+    )
+    return found
+
+
+def _tensors(path: str) -> published.Tensors | None:
+    """Returns the tensors of another program's file, by name; or None."""
+    if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
+        return _tensors_of_file(path)
+    saved_model = os.path.join(path, "variables", "variables")
+    if tf.io.gfile.exists(f"{saved_model}.index"):
+        return _tensors_of_checkpoint(saved_model)
+    if read_run(path) is not None:
+        return None
+    try:
+        return _tensors_of_checkpoint(latest_checkpoint(path))
+    except ValueError:
+        return None  # and the reader of own runs says what is the matter
+
+
+def _tensors_of_file(path: str) -> published.Tensors:
+    """Returns the tensors of a file; its first bytes say what it is."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head.startswith(b"PK"):
+        return unpickling.read_torch(path)
+    if head.startswith(b"\x80"):
+        return unpickling.read_pickle(path)
+    if head.endswith(b"{"):  # after eight bytes of its length
+        try:
+            return safetensors.numpy.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"Cannot read {path}: {error}") from error
+    raise ValueError(
+        f"{path} is neither a pickle (protocol 2 or later), nor a file of "
+        "torch.save, nor .safetensors."
+    )
+
+
+def _tensors_of_checkpoint(prefix: str) -> published.Tensors | None:
+    """Returns the tensors of SimCLR's or RPC's checkpoint; else None."""
+    reader = tf.train.load_checkpoint(prefix)
+    names = reader.get_variable_to_shape_map()
+    if _OBJECT_GRAPH not in names:
+        return {name: reader.get_tensor(name) for name in names}
+    keys = dict(_simclr_variables(reader.get_tensor(_OBJECT_GRAPH)))
+    if not keys:
+        return None
+    return {name: reader.get_tensor(key) for name, key in keys.items()}
+
+
+def _simclr_variables(serialized: bytes) -> Iterator[tuple[str, str]]:
+    """Yields place and key of each variable of a SimCLR encoder.
+
+    In a SavedModel keys are named after a list of all variables, so that only
+    the graph of objects says which is which.
+
+    Raises:
+        ValueError: if the encoder has a variable that the walk does not find.
+    """
+    nodes = trackable_object_graph_pb2.TrackableObjectGraph.FromString(
+        serialized
+    ).nodes
+
+    def walk(index: int, place: str) -> Iterator[tuple[str, str]]:
+        for attribute in nodes[index].attributes:
+            yield place, attribute.checkpoint_key
+        for child in nodes[index].children:
+            if _SIMCLR_OBJECTS.fullmatch(child.local_name):
+                yield from walk(child.node_id, f"{place}/{child.local_name}")
+
+    encoders = {
+        child.node_id
+        for node in nodes
+        for child in node.children
+        if child.local_name == _SIMCLR_ENCODER
+    }
+    for encoder in encoders:
+        yield from walk(encoder, _SIMCLR_ENCODER)

@@ -382,6 +382,18 @@ def make_architecture(
     return model.Architecture(**values)
 
 
+def encoder_flags(architecture: model.Architecture) -> dict[str, Any]:
+    """Returns the flags that make an encoder like another program's."""
+    names = (
+        "encoder", "resnet_depth", "width_multiplier", "stem", "padding",
+        "shortcuts", "preactivation", "base_filters", "sk_ratio", "se_ratio",
+        "channels",
+    )  # fmt: skip
+    return {name: getattr(architecture, name) for name in names} | {
+        "normalize": "imagenet" if architecture.image_mean else "none"
+    }
+
+
 def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
     """Returns the augmentation of each view that the flags describe.
 

@@ -156,7 +156,7 @@ def identify(
             break
     else:
         raise ValueError(
-            "These are no tensors of a ResNet of DeepMind's haiku, torchvision, "
+            "These tensors are of no ResNet of DeepMind's haiku, torchvision, "
             "timm, relic-pytorch, SimCLR or RPC:" + _listing(tensors, tensors)
         )
     if found.homeless:

@@ -112,7 +112,8 @@ flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed; none: from scratch.",
+    "starts from, or which is probed; or weights of another program, see "
+    "README; none: from scratch.",
 )
 flags.DEFINE_integer(
     "seed",
@@ -865,8 +866,16 @@ def _inherited_values() -> dict[str, Any]:
         names, path = _INHERITED_BY_EVAL, FLAGS.checkpoint
     else:
         names, path = _INHERITED, FLAGS.checkpoint
-    run = checkpoint_lib.read_run(path) if path else None
-    values = run["flags"] if run else {}
+    values: dict[str, Any] = {}
+    if path and path != _FROM_SCRATCH:
+        foreign = checkpoint_lib.read_published(
+            path, target=FLAGS.evaluate_target
+        )
+        run = checkpoint_lib.read_run(path)
+        if foreign:
+            values = experiment.encoder_flags(foreign.architecture)
+        elif run:
+            values = run["flags"]
     return {name: values[name] for name in names if name in values}
 
 
@@ -1046,13 +1055,10 @@ def _train(run: Run) -> Callable[[], None]:
         )
     run.write(config)
     if settings.checkpoint and not checkpoints.latest:
-        of_target = "target_" if settings.evaluate_target else ""
-        checkpoint_lib.restore_networks(
+        checkpoint_lib.restore_pretrained(
             settings.checkpoint,
-            **{
-                f"{of_target}encoder": run.networks.encoder,
-                f"{of_target}projection": run.networks.projection,
-            },
+            run.networks,
+            target=settings.evaluate_target,
         )
         run.networks.reset_target()
     labelled_per_batch = round(
