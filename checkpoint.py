@@ -1,22 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints and resume; encoders read back from run directories.
+"""Training checkpoints and resume; encoders read, also of other programs.
 
 A run directory (`model_dir`) holds `run.json`, which says what the run is
 (see `write_run`), and `ckpt-STEP` files, each the whole state of training.
+What other programs publish is read by `read_published`.
 """
 
 import json
 import os
+import re
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import safetensors
 import tensorflow as tf
 from absl import logging
+from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 import model
+import published
+import unpickling
 
 _RUN_FILE = "run.json"
-
+_CARD = "export.json"
+_ARCHITECTURE = "architecture"  # in the metadata of an export
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+# Where the variables of SimCLR's TensorFlow 2 encoder are among its objects.
+# Keras adds other ways to the same variables.
+_SIMCLR_ENCODER = "resnet_model"
+_SIMCLR_DEPTH = 9  # objects, one in another
+_SIMCLR_OBJECTS = re.compile(
+    r"\d+|initial_conv_relu_max_pool|block_groups|layers|conv2d_bn_layers"
+    r"|conv_relu_dropblock_layers|projection_layers|shortcut_layers|se_layer"
+    r"|conv2d(_fixed_padding|_0|_1)?|batch_norm_relu(_1)?|bn|se_reduce"
+    r"|se_expand|kernel|bias|gamma|beta|moving_mean|moving_variance"
+)
 
 # What TensorFlow raises for a truncated, damaged or half-deleted checkpoint.
 _DAMAGE = (tf.errors.OpError, IndexError, RuntimeError)
@@ -203,13 +223,15 @@ def read_run(path: str) -> dict[str, Any] | None:
 def load_encoder(
     path: str, *, target: bool = False, **architecture: Any
 ) -> keras.Model:
-    """Returns the trained encoder of a run of this program.
+    """Returns a trained encoder, of this program or another.
 
     Args:
-        path: a run directory or a checkpoint prefix in one.
+        path: a run directory or a checkpoint prefix in one, or what
+            `read_published` reads.
         target: whether the moving average of the encoder is meant.
         **architecture: fields of `model.Architecture` that replace those in
-            the directory's `run.json`; all of them where it has none.
+            the directory's `run.json`, or those found in another program's
+            file; all of them for a checkpoint without `run.json`.
 
     Returns:
         keras.Model from float32 images `[n, h, w, c]` in [0, 1] to float32
@@ -218,6 +240,11 @@ def load_encoder(
     Raises:
         ValueError: if there is no checkpoint, or it does not fit.
     """
+    foreign = read_published(path, target=target, **architecture)
+    if foreign:
+        networks = model.build_networks(foreign.architecture)
+        foreign.assign_to(networks.encoder)
+        return model.encoder_of_images(networks)
     run = read_run(path) or {"architecture": {}}
     fields = {**run["architecture"], **architecture}
     networks = model.build_networks(
@@ -226,3 +253,180 @@ def load_encoder(
     name = "target_encoder" if target else "encoder"
     restore_networks(path, **{name: networks.encoder})
     return model.encoder_of_images(networks)
+
+
+def restore_pretrained(
+    path: str, networks: model.Networks, *, target: bool = False
+) -> None:
+    """Gives networks the encoder, and the projection if there, of a file.
+
+    Args:
+        path: as `load_encoder`'s.
+        networks: whose variables are replaced.
+        target: whether the moving averages are meant.
+
+    Raises:
+        ValueError: if there is no checkpoint, or it does not fit.
+    """
+    foreign = read_published(path, target=target)
+    if not foreign:
+        name = "target_" if target else ""
+        restore_networks(
+            path,
+            **{
+                f"{name}encoder": networks.encoder,
+                f"{name}projection": networks.projection,
+            },
+        )
+        return
+    if networks.architecture.ft_proj_selector:
+        raise ValueError(
+            f"Of {path}, the encoder alone is read: there is no projection "
+            "head for --ft_proj_selector to choose from."
+        )
+    foreign.assign_to(networks.encoder)
+
+
+def read_published(
+    path: str, *, target: bool = False, **architecture: Any
+) -> published.Published | None:
+    """Returns the encoder in a file of another program.
+
+    Read are pickles of DeepMind's programs, files of torch, `.safetensors`,
+    TensorFlow checkpoints and SavedModels, see `published.identify`; and this
+    program's exports as `.safetensors`.
+
+    Args:
+        path: a file, a TensorFlow checkpoint's prefix or directory, or a
+            SavedModel's directory.
+        target: whether the moving average of the encoder is meant.
+        **architecture: fields of `model.Architecture` that replace those found.
+
+    Returns:
+        What was found; None if `path` is of a run of this program.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds no encoder that is
+            known.
+    """
+    tensors, about = _tensors(path)
+    if tensors is None:
+        return None
+    try:
+        if _ARCHITECTURE in about:
+            fields = json.loads(about[_ARCHITECTURE]) | architecture
+            return published.of_export(tensors, **fields)
+        fields = _of_card(path) | architecture
+        return published.identify(tensors, target=target, **fields)
+    except (TypeError, ValueError) as error:  # TypeError: an unknown field
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _of_card(path: str) -> dict[str, Any]:
+    """Returns what the card beside an export says of its normalisation."""
+    card = os.path.join(run_directory(path), _CARD)
+    if not tf.io.gfile.exists(card):
+        return {}
+    with tf.io.gfile.GFile(card) as file:
+        fields = json.load(file)["architecture"]
+    return {name: fields[name] for name in ("image_mean", "image_std")}
+
+
+def _tensors(
+    path: str,
+) -> tuple[published.Tensors | None, dict[str, str]]:
+    """Returns the tensors of another program's file and what it says of them.
+
+    None instead of tensors where the file is of a run of this program.
+    """
+    if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
+        return _tensors_of_file(path)
+    saved_model = os.path.join(path, "variables", "variables")
+    if tf.io.gfile.exists(f"{saved_model}.index"):
+        return _tensors_of_checkpoint(saved_model), {}
+    if tf.io.gfile.isdir(path) and read_run(path) is not None:
+        return None, {}
+    try:
+        return _tensors_of_checkpoint(latest_checkpoint(path)), {}
+    except ValueError:
+        return None, {}  # the reader of own runs says what is the matter
+
+
+def _tensors_of_file(
+    path: str,
+) -> tuple[published.Tensors | None, dict[str, str]]:
+    """Returns the same of a file, whose first bytes say of what kind it is."""
+    if "://" in path:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = os.path.join(folder, os.path.basename(path))
+            tf.io.gfile.copy(path, copy)
+            return _tensors_of_file(copy)
+    if path.endswith(".keras"):
+        return None, {}
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head.startswith(b"PK"):
+        return unpickling.read_torch(path), {}
+    if head.startswith(b"\x80"):
+        return unpickling.read_pickle(path), {}
+    if not head.endswith(b"{"):  # after eight bytes of its length
+        raise ValueError(
+            f"{path} is neither a pickle (protocol 2 or later), nor a file of "
+            "torch.save, nor .safetensors."
+        )
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            return tensors, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"Cannot read {path}: {error}") from error
+
+
+def _tensors_of_checkpoint(prefix: str) -> published.Tensors | None:
+    """Returns the tensors of SimCLR's or RPC's checkpoint; else None."""
+    reader = tf.train.load_checkpoint(prefix)
+    names = reader.get_variable_to_shape_map()
+    if _OBJECT_GRAPH not in names:
+        return {name: reader.get_tensor(name) for name in names}
+    keys = dict(_simclr_variables(reader.get_tensor(_OBJECT_GRAPH)))
+    if not keys:
+        return None
+    return {name: reader.get_tensor(key) for name, key in keys.items()}
+
+
+def _simclr_variables(serialized: bytes) -> Iterator[tuple[str, str]]:
+    """Yields place and key of each variable of a SimCLR encoder.
+
+    In a SavedModel keys are named after a list of all variables, so that only
+    the graph of objects says which is which. What is below the encoder but is
+    no object that SimCLR has comes by its key.
+    """
+    nodes = trackable_object_graph_pb2.TrackableObjectGraph.FromString(
+        serialized
+    ).nodes
+
+    def walk(index: int, place: str) -> Iterator[tuple[str, str]]:
+        for attribute in nodes[index].attributes:
+            yield place, attribute.checkpoint_key
+        for child in nodes[index].children:
+            is_known = _SIMCLR_OBJECTS.fullmatch(child.local_name)
+            if is_known and place.count("/") < _SIMCLR_DEPTH:
+                yield from walk(child.node_id, f"{place}/{child.local_name}")
+
+    for encoder in {
+        child.node_id
+        for node in nodes
+        for child in node.children
+        if child.local_name == _SIMCLR_ENCODER
+    }:
+        places = dict(walk(encoder, _SIMCLR_ENCODER))
+        yield from places.items()
+        below, waiting = {encoder}, [encoder]
+        while waiting:
+            children = {c.node_id for c in nodes[waiting.pop()].children}
+            waiting += children - below
+            below |= children
+        keys = {a.checkpoint_key for i in below for a in nodes[i].attributes}
+        for key in keys - set(places.values()):
+            yield f"{_SIMCLR_ENCODER}/{key}", key

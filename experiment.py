@@ -36,8 +36,6 @@ import trainer
 Settings = types.SimpleNamespace  # the flags in force, by name
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
@@ -342,6 +340,9 @@ def _compare_runs(
             if name in before[part] and before[part][name] != value
         ]
 
+    # Fields that runs of older versions do not name have their defaults.
+    old = dataclasses.asdict(model.Architecture(**before["architecture"]))
+    before = before | {"architecture": json.loads(json.dumps(old))}
     networks = differing("architecture")
     if before["flags"]["train_mode"] != now["flags"]["train_mode"]:
         networks.append("train_mode")
@@ -367,7 +368,7 @@ def make_architecture(
             f"{settings.train_split} has none."
         )
     normalize = settings.normalize == "imagenet"
-    if normalize and settings.channels != len(_IMAGENET_MEAN):
+    if normalize and settings.channels != len(model.IMAGENET_MEAN):
         raise ValueError(
             "--normalize=imagenet is of 3 channels. "
             f"Received images of {settings.channels}."
@@ -379,8 +380,8 @@ def make_architecture(
     }
     values |= {
         "num_classes": num_classes if needs_classifier else 0,
-        "image_mean": _IMAGENET_MEAN if normalize else (),
-        "image_std": _IMAGENET_STD if normalize else (),
+        "image_mean": model.IMAGENET_MEAN if normalize else (),
+        "image_std": model.IMAGENET_STD if normalize else (),
     }
     if finetune and settings.ft_proj_selector == 0:
         values["proj_head_mode"] = "none"
@@ -396,6 +397,18 @@ def make_architecture(
     if pretrains and settings.objective == "semppl":
         values["queue_shape"] = settings.num_large_views, settings.queue_size
     return model.Architecture(**values)
+
+
+def encoder_flags(architecture: model.Architecture) -> dict[str, Any]:
+    """Returns the flags that make an encoder like another program's."""
+    names = (
+        "encoder", "resnet_depth", "width_multiplier", "stem", "padding",
+        "shortcuts", "preactivation", "base_filters", "sk_ratio", "se_ratio",
+        "channels",
+    )  # fmt: skip
+    return {name: getattr(architecture, name) for name in names} | {
+        "normalize": "imagenet" if architecture.image_mean else "none"
+    }
 
 
 def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:

@@ -15,6 +15,9 @@ TARGET_BNS = ("batch", "average")
 SIMCLR_MODES = ("none", "linear", "nonlinear")
 PROJECTION_MODES = (*SIMCLR_MODES, "mlp")
 MLP_NORMS = ("none", "hidden", "all")
+# What most published encoders expect images in [0, 1] to be normalised by.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Not one instance for all: an initializer draws the same numbers every time.
 _normal = functools.partial(keras.initializers.RandomNormal, stddev=0.01)
@@ -197,7 +200,10 @@ class Architecture:
         resnet_depth: 10, 18, 34, 50, 101, 152 or 200.
         width_multiplier: of all numbers of channels, > 0.
         stem: "imagenet" or "cifar".
-        padding: "fixed" or "same".
+        padding: "fixed", "same" or "torch".
+        shortcuts: projected "always" at the head of a group, or where "needed".
+        preactivation: whether BatchNorm stands before convolutions.
+        base_filters: of the stem and the groups, before the multiplier.
         sk_ratio: selective kernels and ResNet-D if > 0.
         se_ratio: squeeze and excitation if > 0.
         zero_init_residual: whether residual blocks start as identities.
@@ -232,6 +238,9 @@ class Architecture:
     width_multiplier: float
     stem: str
     padding: str
+    shortcuts: str = "always"
+    preactivation: bool = False
+    base_filters: Sequence[int] = resnet.BASE_FILTERS
     sk_ratio: float
     se_ratio: float
     zero_init_residual: bool
@@ -572,6 +581,9 @@ def build_encoder(architecture: Architecture) -> keras.Model:
         width_multiplier=architecture.width_multiplier,
         stem=architecture.stem,
         padding=architecture.padding,
+        shortcuts=architecture.shortcuts,
+        preactivation=architecture.preactivation,
+        base_filters=architecture.base_filters,
         sk_ratio=architecture.sk_ratio,
         se_ratio=architecture.se_ratio,
         zero_init_residual=architecture.zero_init_residual,

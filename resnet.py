@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -12,7 +12,9 @@ import tensorflow as tf
 
 BATCH_NORM_EPSILON = 1e-5  # SimCLR, BYOL and torchvision; Keras has 1e-3.
 STEMS = ("imagenet", "cifar")
-PADDINGS = ("fixed", "same")
+PADDINGS = ("fixed", "same", "torch")
+SHORTCUTS = ("always", "needed")
+BASE_FILTERS = (64, 64, 128, 256, 512)  # of the stem and the four groups
 ENDPOINTS = (
     "initial_conv",
     "initial_max_pool",
@@ -26,7 +28,7 @@ ENDPOINTS = (
 _MIN_FILTERS = 8
 _MIN_SK_FILTERS = 32
 # depth: (blocks in each of the four groups, whether they are bottlenecks)
-_ARCHITECTURES = {
+ARCHITECTURES = {
     10: ((1, 1, 1, 1), False),
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
@@ -35,7 +37,7 @@ _ARCHITECTURES = {
     152: ((3, 8, 36, 3), True),
     200: ((3, 24, 36, 3), True),
 }
-DEPTHS = tuple(_ARCHITECTURES)
+DEPTHS = tuple(ARCHITECTURES)
 
 
 @keras.saving.register_keras_serializable(package="resnet")
@@ -227,6 +229,8 @@ class _Builder:
     Attributes:
         norm: makes a normalization layer from `name` and `gamma_initializer`.
         padding: one of `PADDINGS`.
+        shortcuts: one of `SHORTCUTS`.
+        preactivation: see `resnet`.
         width_multiplier: factor of all numbers of filters.
         bottleneck: whether blocks are bottlenecks (1x1, 3x3, 1x1).
         sk_ratio: see `resnet`.
@@ -236,14 +240,19 @@ class _Builder:
 
     norm: Callable[..., keras.layers.Layer]
     padding: str
+    shortcuts: str
+    preactivation: bool
     width_multiplier: float
     bottleneck: bool
     sk_ratio: float
     se_ratio: float
     zero_init_residual: bool
 
-    def filters(self, base: int) -> int:
+    def filters(self, base: float) -> int:
         return max(_MIN_FILTERS, round(base * self.width_multiplier))
+
+    def out_filters(self, filters: int) -> int:
+        return 4 * filters if self.bottleneck else filters
 
     def conv(
         self,
@@ -256,7 +265,7 @@ class _Builder:
         use_bias: bool = False,
     ) -> keras.KerasTensor:
         padding = "same"
-        if self.padding == "fixed" and strides > 1 and kernel_size > 1:
+        if self.padding != "same" and strides > 1 and kernel_size > 1:
             # Not "same" for even sizes, where that pads right and bottom only.
             x = keras.layers.ZeroPadding2D(
                 (kernel_size - 1) // 2, name=f"{name}_pad"
@@ -286,6 +295,18 @@ class _Builder:
         x = self.conv(
             x, filters, kernel_size, strides, name=names.format("conv")
         )
+        return self.bn_relu(
+            x, names=names, relu=relu, gamma_initializer=gamma_initializer
+        )
+
+    def bn_relu(
+        self,
+        x: keras.KerasTensor,
+        *,
+        names: str,
+        relu: bool = True,
+        gamma_initializer: str = "ones",
+    ) -> keras.KerasTensor:
         x = self.norm(
             gamma_initializer=gamma_initializer, name=names.format("bn")
         )(x)
@@ -337,7 +358,7 @@ class _Builder:
         """
         if self.sk_ratio > 0:
             padding = "same"
-            if self.padding == "fixed" and strides > 1:
+            if self.padding != "same" and strides > 1:
                 x = keras.layers.ZeroPadding2D(
                     ((0, 1), (0, 1)), name=names.format("shortcut_pad")
                 )(x)
@@ -365,7 +386,7 @@ class _Builder:
         names: str,
     ) -> keras.KerasTensor:
         """Adds a residual block: `relu(shortcut(x) + residual(x))`."""
-        out_filters = 4 * filters if self.bottleneck else filters
+        out_filters = self.out_filters(filters)
         shortcut = x
         if project:
             shortcut = self.shortcut(x, out_filters, strides, names=names)
@@ -392,36 +413,82 @@ class _Builder:
         x = keras.layers.Add(name=names.format("add"))([shortcut, x])
         return keras.layers.ReLU(name=names.format("relu"))(x)
 
+    def preactivation_block(
+        self,
+        x: keras.KerasTensor,
+        filters: int,
+        strides: int,
+        *,
+        project: bool,
+        names: str,
+    ) -> keras.KerasTensor:
+        """Adds a residual block whose convolutions follow their BatchNorm.
+
+        Source: He et al., arXiv:1603.05027, as in haiku's `BlockV2`.
+        """
+        out_filters = self.out_filters(filters)
+        shortcut = x
+        convs = (
+            [(filters, 1, 1), (filters, 3, strides), (out_filters, 1, 1)]
+            if self.bottleneck
+            else [(filters, 3, strides), (filters, 3, 1)]
+        )
+        for layer, conv in enumerate(convs, start=1):
+            x = self.bn_relu(x, names=names.format(f"{{}}{layer}"))
+            if layer == 1 and project:
+                shortcut = self.conv(
+                    x, out_filters, 1, strides,
+                    name=names.format("shortcut_conv"),
+                )  # fmt: skip
+            x = self.conv(x, *conv, name=names.format(f"conv{layer}"))
+        return keras.layers.Add(name=names.format("add"))([shortcut, x])
+
     def group(
-        self, x: keras.KerasTensor, num_blocks: int, index: int
+        self, x: keras.KerasTensor, base_filters: int, blocks: int, index: int
     ) -> keras.KerasTensor:
         """Adds group `index`, 1 to 4; all but the first halve the size."""
         name = f"block_group{index}"
-        for block in range(1, num_blocks + 1):
-            x = self.block(
+        filters = self.filters(base_filters)
+        add_block = (
+            self.preactivation_block if self.preactivation else self.block
+        )
+        for block in range(1, blocks + 1):
+            strides = 2 if index > 1 and block == 1 else 1
+            changes = strides > 1 or x.shape[-1] != self.out_filters(filters)
+            x = add_block(
                 x,
-                self.filters(64 * 2 ** (index - 1)),
-                strides=2 if index > 1 and block == 1 else 1,
-                project=block == 1,
+                filters,
+                strides,
+                project=block == 1 and (self.shortcuts == "always" or changes),
                 names=f"{name}_block{block}_{{}}",
             )
         return keras.layers.Identity(name=name)(x)
 
-    def stem(self, x: keras.KerasTensor, kind: str) -> keras.KerasTensor:
+    def stem(
+        self, x: keras.KerasTensor, base_filters: int, kind: str
+    ) -> keras.KerasTensor:
         """Adds all layers before the first block."""
-        conv_bn = functools.partial(self.conv_bn, names="initial_{}")
+        filters = self.filters(base_filters)
+        kernel_size, strides = (3, 1) if kind == "cifar" else (7, 2)
+        if kind == "imagenet" and self.sk_ratio > 0:
+            # ResNet-D, arXiv:1812.01187
+            half = self.filters(base_filters / 2)
+            x = self.conv_bn(x, half, 3, 2, names="stem_{}1")
+            x = self.conv_bn(x, half, 3, names="stem_{}2")
+            kernel_size, strides = 3, 1
+        x = self.conv(x, filters, kernel_size, strides, name="initial_conv")
+        if not self.preactivation:
+            x = self.bn_relu(x, names="initial_{}")
         if kind == "cifar":
-            x = conv_bn(x, self.filters(64), 3)
             return keras.layers.Identity(name="initial_max_pool")(x)
-        if self.sk_ratio > 0:  # ResNet-D, arXiv:1812.01187
-            x = self.conv_bn(x, self.filters(32), 3, 2, names="stem_{}1")
-            x = self.conv_bn(x, self.filters(32), 3, names="stem_{}2")
-            x = conv_bn(x, self.filters(64), 3)
-        else:
-            x = conv_bn(x, self.filters(64), 7, 2)
         # "same" even where strided convolutions pad by hand, as SimCLR does.
+        padding = "same"
+        if self.padding == "torch":
+            # Zeros are never the largest: what is pooled comes from a ReLU.
+            x = keras.layers.ZeroPadding2D(1, name="initial_max_pool_pad")(x)
+            padding = "valid"
         return keras.layers.MaxPooling2D(
-            3, 2, padding="same", name="initial_max_pool"
+            3, 2, padding=padding, name="initial_max_pool"
         )(x)
 
 
@@ -431,6 +498,9 @@ def resnet(
     width_multiplier: float = 1.0,
     stem: str = "imagenet",
     padding: str = "fixed",
+    shortcuts: str = "always",
+    preactivation: bool = False,
+    base_filters: Sequence[int] = BASE_FILTERS,
     sk_ratio: float = 0.0,
     se_ratio: float = 0.0,
     zero_init_residual: bool = True,
@@ -442,18 +512,20 @@ def resnet(
     """Returns an encoder: a residual network without its classifier.
 
     Post-activation blocks (version 1) with the stride on the 3x3 convolution.
-    The first block of every group, the first too, projects its shortcut.
 
     Layer names are an interface: published weights are mapped onto them. They
     are `initial_{conv,bn}` for the stem (before which ResNet-D has
     `stem_{conv,bn}{1,2}`) and, in block b of group g, both counted from 1,
     `block_group{g}_block{b}_{layer}` with the layers `{conv,bn}{1,2,3}`,
-    `shortcut_{conv,bn}`, `sk_{conv1,bn1,conv2}` and `se_{conv1,conv2}`. The
-    names in `ENDPOINTS` are outputs of the network's parts, see `endpoints`.
+    `shortcut_{conv,bn}`, `sk_{conv1,bn1,conv2}` and `se_{conv1,conv2}`. With
+    pre-activation there is no `initial_bn` and no `shortcut_bn`, but a
+    `final_bn`. The names in `ENDPOINTS` are outputs of the network's parts, see
+    `endpoints`.
 
     Source: He et al., arXiv:1512.03385; google-research/simclr@383d414,
-    tf2/resnet.py (with `padding="fixed"`) and DeepMind's haiku networks of
-    BYOL and ReLICv2 (with `padding="same"`). Differs from SimCLR's:
+    tf2/resnet.py (with `padding="fixed"`), DeepMind's haiku networks of BYOL
+    and ReLICv2 (with `padding="same"`), and torchvision's models/resnet.py
+    (with `padding="torch"` and `shortcuts="needed"`). Differs from SimCLR's:
     depth 10, fractional widths, and no DropBlock.
 
     Args:
@@ -462,9 +534,17 @@ def resnet(
             rounded, `max(8, round(base * width_multiplier))`, where base is 64
             for the first group, and a bottleneck's output is 4 times that.
         stem: "imagenet" (7x7, stride 2, then max-pool) or "cifar" (3x3).
-        padding: of strided convolutions. "fixed" pads both sides equally;
-            "same" is TensorFlow's, which pads even sizes right and bottom.
-            The two give different features for the same weights.
+        padding: of strided convolutions and of the max-pool. "torch" pads both
+            sides equally; "same" is TensorFlow's, which pads even sizes right
+            and bottom; "fixed" is the first for convolutions and the second
+            for the max-pool. Each gives other features for the same weights.
+        shortcuts: where the first block of a group projects its shortcut:
+            "always", or where it is "needed" because the shape changes.
+        preactivation: whether BatchNorm and ReLU stand before convolutions
+            (version 2), where `zero_init_residual` means nothing; not with
+            `sk_ratio`, `se_ratio` or `padding="torch"`.
+        base_filters: numbers of filters of the stem and of the four groups,
+            before `width_multiplier`.
         sk_ratio: if > 0 (SimCLR v2: 0.0625), bottlenecks have selective
             kernels, mixed by a layer of `sk_ratio` times their filters, and
             all networks get ResNet-D's shortcuts and ImageNet stem.
@@ -488,6 +568,7 @@ def resnet(
         ("depth", depth, DEPTHS),
         ("stem", stem, STEMS),
         ("padding", padding, PADDINGS),
+        ("shortcuts", shortcuts, SHORTCUTS),
     ):
         if value not in allowed:
             raise ValueError(
@@ -499,7 +580,18 @@ def resnet(
             f"not negative. Received: width_multiplier={width_multiplier}, "
             f"sk_ratio={sk_ratio}, se_ratio={se_ratio}."
         )
-    blocks_per_group, bottleneck = _ARCHITECTURES[depth]
+    if len(base_filters) != len(BASE_FILTERS) or min(base_filters) < 1:
+        raise ValueError(
+            "`base_filters` must be five positive numbers, of the stem and of "
+            f"the four groups. Received: {base_filters}."
+        )
+    if preactivation and (sk_ratio or se_ratio or padding == "torch"):
+        raise ValueError(
+            "`preactivation` goes without selective kernels, squeeze-and-"
+            f"excitation and torch's padding. Received: sk_ratio={sk_ratio}, "
+            f"se_ratio={se_ratio}, padding={padding!r}."
+        )
+    blocks_per_group, bottleneck = ARCHITECTURES[depth]
     builder = _Builder(
         norm=functools.partial(
             GlobalBatchNorm,
@@ -507,6 +599,8 @@ def resnet(
             synchronized=global_bn,
         ),
         padding=padding,
+        shortcuts=shortcuts,
+        preactivation=preactivation,
         width_multiplier=width_multiplier,
         bottleneck=bottleneck,
         sk_ratio=sk_ratio,
@@ -514,9 +608,12 @@ def resnet(
         zero_init_residual=zero_init_residual,
     )
     images = keras.Input((None, None, channels), name=f"{name}_images")
-    x = builder.stem(images, stem)
-    for index, num_blocks in enumerate(blocks_per_group, start=1):
-        x = builder.group(x, num_blocks, index)
+    x = builder.stem(images, base_filters[0], stem)
+    groups = zip(base_filters[1:], blocks_per_group, strict=True)
+    for index, (filters, blocks) in enumerate(groups, start=1):
+        x = builder.group(x, filters, blocks, index)
+    if preactivation:
+        x = builder.bn_relu(x, names="final_{}")
     # float32 under mixed precision too: losses and probes take it from here.
     features = keras.layers.GlobalAveragePooling2D(
         name="final_avg_pool", dtype="float32"
@@ -558,4 +655,6 @@ def freeze(model: keras.Model, after_block: int) -> None:
         )
     for layer in model.layers:
         group = re.match(r"block_group(\d)", layer.name)
-        layer.trainable = (int(group[1]) if group else 0) > after_block
+        is_last = layer.name == "final_bn"
+        part = int(group[1]) if group else 4 if is_last else 0
+        layer.trainable = part > after_block

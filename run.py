@@ -41,6 +41,7 @@ import model
 import objective
 import probe
 import reporting
+import resnet
 import saliency
 import trainer
 from experiment import Run, Settings
@@ -111,7 +112,8 @@ flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed; none: from scratch.",
+    "starts from, or which is probed; or weights of another program, see "
+    "README; none: from scratch.",
 )
 flags.DEFINE_integer(
     "seed",
@@ -470,8 +472,26 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "padding",
     "fixed",
-    ["fixed", "same"],
-    "Of strided convolutions: symmetric (SimCLR) or TensorFlow's SAME.",
+    resnet.PADDINGS,
+    "Of strided convolutions and the max-pool: symmetric and SAME (fixed, "
+    "SimCLR's), TensorFlow's SAME (same, BYOL's), symmetric (torch).",
+)
+flags.DEFINE_enum(
+    "shortcuts",
+    "always",
+    resnet.SHORTCUTS,
+    "Where the first block of a group projects its shortcut: always, or where "
+    "its shape changes, as in torchvision.",
+)
+flags.DEFINE_bool(
+    "preactivation",
+    False,
+    "Whether BatchNorm and ReLU stand before convolutions (ResNet version 2).",
+)
+flags.DEFINE_list(
+    "base_filters",
+    [str(n) for n in resnet.BASE_FILTERS],
+    "Channels of the stem and the four groups, before width_multiplier.",
 )
 flags.DEFINE_float(
     "sk_ratio", 0.0, "Selective kernels if > 0; try 0.0625.", lower_bound=0
@@ -719,6 +739,9 @@ _INHERITED = (
     "width_multiplier",
     "stem",
     "padding",
+    "shortcuts",
+    "preactivation",
+    "base_filters",
     "sk_ratio",
     "se_ratio",
     "global_bn",
@@ -852,7 +875,9 @@ def _tidy(settings: Settings, sources: dict[str, str]) -> None:
         if sources[name] == "command line":
             setattr(settings, meant, getattr(settings, name))
             sources[meant] = f"--{name}"
-    settings.proj_hidden_dim = tuple(int(n) for n in settings.proj_hidden_dim)
+    for name in ("proj_hidden_dim", "base_filters"):
+        numbers = tuple(int(n) for n in getattr(settings, name))
+        setattr(settings, name, numbers)
     settings.target_decay = settings.target_decay or 0.0
     if settings.checkpoint == _FROM_SCRATCH:
         settings.checkpoint = None
@@ -870,8 +895,16 @@ def _inherited_values() -> dict[str, Any]:
         names, path = _INHERITED_BY_EVAL, FLAGS.checkpoint
     else:
         names, path = _INHERITED, FLAGS.checkpoint
-    run = checkpoint_lib.read_run(path) if path else None
-    values = run["flags"] if run else {}
+    values: dict[str, Any] = {}
+    if path and path != _FROM_SCRATCH:
+        foreign = checkpoint_lib.read_published(
+            path, target=FLAGS.evaluate_target
+        )
+        run = checkpoint_lib.read_run(path)
+        if foreign:
+            values = experiment.encoder_flags(foreign.architecture)
+        elif run:
+            values = run["flags"]
     return {name: values[name] for name in names if name in values}
 
 
@@ -1057,13 +1090,10 @@ def _train(run: Run) -> Callable[[], None]:
         )
     run.write(config)
     if settings.checkpoint and not checkpoints.latest:
-        of_target = "target_" if settings.evaluate_target else ""
-        checkpoint_lib.restore_networks(
+        checkpoint_lib.restore_pretrained(
             settings.checkpoint,
-            **{
-                f"{of_target}encoder": run.networks.encoder,
-                f"{of_target}projection": run.networks.projection,
-            },
+            run.networks,
+            target=settings.evaluate_target,
         )
         run.networks.reset_target()
     labelled_per_batch = round(

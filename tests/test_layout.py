@@ -20,7 +20,9 @@ _MAY_IMPORT = {
     "labelled": {"data_util", "sources"},
     "data": {"data_util", "saliency", "sources"},
     "model": {"resnet"},
-    "checkpoint": {"model", "resnet"},
+    "unpickling": set(),
+    "published": {"model", "resnet"},
+    "checkpoint": {"model", "published", "resnet", "unpickling"},
     "probe": {"data", "data_util", "checkpoint"},
     "methods": {"objective"},
     "trainer": {
@@ -57,6 +59,7 @@ _MAY_IMPORT = {
         "objective",
         "probe",
         "reporting",
+        "resnet",
         "saliency",
         "trainer",
     },
