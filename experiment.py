@@ -88,7 +88,9 @@ class Run:
             settings, self.train_data.num_classes
         )
         with self.strategy.scope():
-            self.networks = model.build_networks(self.architecture)
+            self.networks = model.build_networks(
+                self.architecture, remat=settings.remat
+            )
 
     def _set_numerics(self) -> None:
         """Sets TensorFlow up; before anything else is done with it."""
@@ -499,10 +501,12 @@ def make_train_config(
         is_labelled = np.zeros(num_examples, bool)
         is_labelled[labelled_ids] = True
     batch_size = settings.train_batch_size
-    if batch_size % num_replicas:
+    parts = settings.accumulate_steps
+    if batch_size % (num_replicas * parts):
         raise ValueError(
             f"--train_batch_size={batch_size} does not divide among "
-            f"{num_replicas} replicas."
+            f"{num_replicas} replicas"
+            + (f" and --accumulate_steps={parts}." if parts > 1 else ".")
         )
     epoch_steps = max(1, round(num_examples / batch_size))
     train_steps = settings.train_steps or schedules.train_steps(

@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
@@ -397,6 +397,8 @@ class Networks:
         critic: temperature and bias where they are trained; or None.
         queue: SemPPL's; or None.
         classifier: to logits; None where there are no classes.
+        recomputing_encoder: `encoder` in less memory, see
+            `resnet.recomputing`, for training; or None.
     """
 
     architecture: Architecture
@@ -409,10 +411,14 @@ class Networks:
     critic: Critic | None = None
     queue: LabelledQueue | None = None
     classifier: keras.Model | None = None
+    recomputing_encoder: Callable[[tf.Tensor, bool], tf.Tensor] | None = None
 
     def features(self, images: tf.Tensor, training: bool) -> tf.Tensor:
         """Returns `[n, d]` features of float32 `[n, h, w, c]` in [0, 1]."""
-        return self.encoder(self._normalized(images), training=training)
+        images = self._normalized(images)
+        if self.recomputing_encoder and training:
+            return self.recomputing_encoder(images, training)
+        return self.encoder(images, training=training)
 
     def embeddings(
         self, images: tf.Tensor
@@ -446,6 +452,11 @@ class Networks:
         )
         projection = self.target_projection(features, training=training)[-1]
         return tf.stop_gradient(projection)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is a target network."""
+        return self.target_encoder is not None
 
     def reset_target(self) -> None:
         """Makes the target, if there is one, a copy of the online networks."""
@@ -512,11 +523,19 @@ class Networks:
         return images
 
 
-def build_networks(architecture: Architecture) -> Networks:
+def build_networks(
+    architecture: Architecture, *, remat: bool = False
+) -> Networks:
     """Returns networks with fresh weights; a target is a copy of its online.
 
+    Args:
+        architecture: what to build.
+        remat: whether gradients compute the encoder's blocks again instead of
+            keeping their activations.
+
     Raises:
-        ValueError: if a field of `architecture` is out of its range.
+        ValueError: if a field of `architecture` is out of its range, or
+            `remat` is asked of an encoder that has no blocks.
     """
     encoder = build_encoder(architecture)
     projection = _build_projection(architecture, encoder.output_shape[-1])
@@ -557,6 +576,7 @@ def build_networks(architecture: Architecture) -> Networks:
         projection_to_classifier=keras.Model(
             projection.input, layers[selector], name="projection_to_classifier"
         ),
+        recomputing_encoder=resnet.recomputing(encoder) if remat else None,
         **parts,
     )
     networks.reset_target()

@@ -196,6 +196,14 @@ flags.DEFINE_integer(
     lower_bound=0,
 )
 flags.DEFINE_integer(
+    "accumulate_steps",
+    1,
+    "Pretraining: parts of the batch that are embedded one after another, "
+    "twice each, so that a large batch needs the memory of a part. The loss is "
+    "that of the whole batch, BatchNorm's statistics are those of a part.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
     "steps_per_loop",
     0,
     "Steps between looks at the host; 0: as many as take two seconds.",
@@ -500,6 +508,12 @@ flags.DEFINE_float(
     "se_ratio", 0.0, "Squeeze and excitation if > 0.", lower_bound=0
 )
 flags.DEFINE_bool(
+    "remat",
+    False,
+    "Whether gradients compute a ResNet's blocks again instead of keeping all "
+    "that is inside of them: less memory, about one forward pass more.",
+)
+flags.DEFINE_bool(
     "zero_init_residual", True, "Whether residual blocks start as identities."
 )
 flags.DEFINE_bool(
@@ -690,6 +704,7 @@ _OF_PRETRAINING = (
     "preset",
     "rpc_marginal_norm",
     "lineareval_while_pretraining",
+    "accumulate_steps",
     "augmentation",
     "color_jitter_strength",
     "use_blur",

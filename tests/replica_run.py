@@ -109,6 +109,8 @@ def config(objective, optimizer):
         num_classes=16,
         labelled=labelled,
         batch_size=_BATCH_SIZE,
+        # In two parts where nothing else is particular.
+        accumulate_steps=2 if objective == "js" else 1,
         num_examples=40,
         train_steps=100,
         warmup_steps=0,
@@ -147,11 +149,12 @@ def main(num_replicas, out_path, cases):
         objective, optimizer = case.split(":")
         keras.utils.set_random_seed(0)
         # One with the real encoder, under either number of replicas.
-        model.build_encoder = (
-            build_encoder if case == "simclr:momentum" else small_encoder
-        )
+        is_real = case == "simclr:momentum"
+        model.build_encoder = build_encoder if is_real else small_encoder
         with strategy.scope():
-            networks = model.build_networks(architecture(objective))
+            networks = model.build_networks(
+                architecture(objective), remat=is_real
+            )
         variables = {
             f"{name}/{v.path}": v
             for name, part in networks.models().items()

@@ -21,8 +21,11 @@ from tensorboard.backend.event_processing import (
     plugin_event_accumulator as event_accumulator,
 )
 
+import data
 import labelled
 import methods
+import model
+import resnet
 import run
 import trainer
 
@@ -394,6 +397,57 @@ def test_pretraining_from_a_checkpoint_starts_its_target_there(
             )
             compared += 1
     assert compared > 40
+
+
+@pytest.mark.parametrize("objective", methods.METHODS)
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    objective, monkeypatch
+):
+    """Exactly, where BatchNorm is frozen: then rows do not know each other."""
+    monkeypatch.setattr(model, "build_encoder", replica_run.small_encoder)
+    dataset = replica_run.few_photo_patches()
+    moved, metrics = [], []
+    for parts in (1, 2):
+        keras.utils.set_random_seed(0)
+        networks = model.build_networks(replica_run.architecture(objective))
+        for part in networks.models().values():
+            for layer in getattr(part, "layers", ()):
+                if isinstance(layer, resnet.GlobalBatchNorm):
+                    layer.trainable = False
+        config = dataclasses.replace(
+            replica_run.config(objective, "momentum"),
+            peak_learning_rate=1e-2,
+            accumulate_steps=parts,
+        )
+        optimizers = trainer.build_optimizers(config, networks)
+        strategy = tf.distribute.get_strategy()
+        loop = trainer.CompiledLoop(
+            strategy, trainer.build_step(config, networks, optimizers), False
+        )
+        before = {
+            f"{name}/{v.path}": v.numpy()
+            for name, part in networks.models().items()
+            for v in part.variables
+        }
+        stream = data.train_stream(
+            dataset,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            views=config.views,
+        )
+        metrics.append(loop(iter(stream), 2))
+        moved.append(
+            {
+                f"{name}/{v.path}": v.numpy() - before[f"{name}/{v.path}"]
+                for name, part in networks.models().items()
+                for v in part.variables
+            }
+        )
+    np.testing.assert_allclose(*metrics, rtol=1e-3, atol=1e-4)
+    assert sum(np.any(change) for change in moved[0].values()) > 5
+    for path, change in moved[0].items():
+        error = np.linalg.norm(moved[1][path] - change)
+        assert error <= 1e-2 * np.linalg.norm(change) + 5e-9, path
 
 
 def test_every_objective_has_a_row_and_an_alias_points_to_one():
