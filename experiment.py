@@ -243,8 +243,12 @@ class Run:
             )
         )
 
-    def evaluate(self, step: int) -> None:
-        """Evaluates the networks and writes the result."""
+    def evaluate(self, step: int) -> tuple[dict[str, float], np.ndarray]:
+        """Evaluates the networks, writes the result and returns it.
+
+        Returns:
+            What `trainer.evaluate` returns.
+        """
         settings, dataset = self.settings, self.eval_data
         crop = (
             None
@@ -262,7 +266,7 @@ class Run:
         )
         if settings.eval_steps:
             stream = itertools.islice(stream, settings.eval_steps)
-        measured = trainer.evaluate(
+        measured, predictions = trainer.evaluate(
             self.networks,
             stream,
             settings.image_size,
@@ -285,6 +289,7 @@ class Run:
             100 * measured["top_5_accuracy"],
             measured["num_examples"],
         )
+        return measured, predictions
 
     def write(self, config: trainer.TrainConfig) -> None:
         """Writes `run.json`, after a look at what is in the directory.

@@ -17,7 +17,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Before TensorFlow is loaded: its start-up notes are a page, and without a GPU
@@ -36,10 +36,12 @@ import checkpoint as checkpoint_lib
 import data
 import data_util
 import experiment
+import labelled
 import methods
 import model
 import objective
 import probe
+import report
 import reporting
 import saliency
 import trainer
@@ -1071,7 +1073,7 @@ def _train(run: Run) -> Callable[[], None]:
             lambda: bool(signals.received),
         )
         if evaluates:
-            run.evaluate(config.train_steps)
+            _report_classifier(run, *run.evaluate(config.train_steps))
 
     return work
 
@@ -1147,6 +1149,121 @@ def _probe(run: Run) -> Callable[[], None]:
         sys.stdout.write(probe.table(accuracies, heading) + "\n")
 
     return work
+
+
+def _report_classifier(
+    run: Run, measured: dict[str, float], predictions: np.ndarray
+) -> None:
+    """Writes the report of a trained classifier."""
+    labels, predicted = predictions.T
+    most_frequent = np.bincount(labels[labels >= 0]).max() / len(labels)
+    encoder = tf.function(model.encoder_of_images(run.networks))
+    chosen = report.choose(labelled.labels_of(run.eval_data))
+    sample = report.take_sample(
+        run.eval_data,
+        run.eval_data.example_ids[chosen],
+        run.settings.image_size,
+        lambda images, _: encoder(images),
+    )
+    table = report.results(
+        {
+            "the most frequent class": {"top-1": most_frequent},
+            "this classifier": {
+                "top-1": measured["top_1_accuracy"],
+                "top-5": measured["top_5_accuracy"],
+            },
+        },
+        caption=f"Accuracy on {measured['num_examples']:,} test images.",
+    )
+    confusion = report.confusion(
+        labels,
+        predicted,
+        run.eval_data.class_names,
+        of="The classifier",
+    )
+    _write_report(run, table, sample, confusion, run.settings.model_dir)
+
+
+def _write_report(
+    run: Run,
+    table: report.Section,
+    sample: report.Sample,
+    confusion: report.Section,
+    trained: str,
+) -> None:
+    """Writes `report.html` and the projector's files to `model_dir`.
+
+    Args:
+        run: which evaluates.
+        table: of results.
+        sample: of the test images.
+        confusion: its section.
+        trained: run directory or checkpoint whose encoder this is about.
+    """
+    settings = run.settings
+    lineage = dict(_lineage(trained))
+    runs = list(lineage.values())
+    curves, views, seconds = [], report.views(None, 0), 0.0
+    for directory, one in reversed(lineage.items()):
+        events = reporting.read_events(directory)
+        pretrains = one["flags"]["train_mode"] == "pretrain"
+        title = "Pretraining" if pretrains else "Fine-tuning"
+        curves.append(report.curves(title, events.scalars))
+        seconds += events.seconds
+        if pretrains or not views.parts:
+            views = report.views(events.views, events.views_step)
+    name = os.path.basename(trained.rstrip("/"))
+    first = runs[-1]["flags"] if runs else {}
+    facts = {
+        "Evaluated on": f"{settings.dataset}, {run.eval_data.split}",
+        "Encoder": _encoder_name(settings),
+        "Steps": " + ".join(f"{one['train_steps']:,}" for one in runs[::-1]),
+        "Training took": reporting.duration(seconds),
+        "Written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    if not runs:
+        del facts["Steps"], facts["Training took"]
+    text = report.page(
+        f"{first['objective']} on {first['dataset']}" if first else name,
+        facts,
+        [
+            table,
+            *curves,
+            views,
+            report.embedding_map(sample),
+            report.neighbours(sample),
+            confusion,
+            report.reproduction(sys.argv, runs),
+        ],
+    )
+    reporting.write_projector(
+        settings.model_dir,
+        sample.embeddings,
+        sample.images,
+        {
+            "class": [sample.class_of(i) for i in range(len(sample.labels))],
+            "image": sample.names,
+        },
+    )
+    logging.info("Report: %s", report.write(settings.model_dir, text))
+
+
+def _encoder_name(settings: Settings) -> str:
+    if settings.encoder != "resnet":
+        return settings.encoder
+    return f"ResNet-{settings.resnet_depth} x{settings.width_multiplier:g}"
+
+
+def _lineage(path: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields a run's directory and `run.json`, then those it started from."""
+    seen = set()
+    while path and path not in seen:
+        seen.add(path)
+        found = checkpoint_lib.read_run(path)
+        if not found:
+            return
+        yield checkpoint_lib.run_directory(path), found
+        path = found["flags"].get("checkpoint")
 
 
 class _Signals:

@@ -792,8 +792,8 @@ def evaluate(
     image_size: int,
     strategy: tf.distribute.Strategy,
     crop_proportion: float | None,
-) -> dict[str, float]:
-    """Returns top-1/top-5 accuracy and cross-entropy of the classifier.
+) -> tuple[dict[str, float], np.ndarray]:
+    """Measures top-1/top-5 accuracy and cross-entropy of the classifier.
 
     Args:
         networks: with a classifier.
@@ -804,10 +804,11 @@ def evaluate(
 
     Returns:
         `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and
-        `num_examples`.
+        `num_examples`; and, int64 `[num_examples, 2]`, each image's label and
+        the class that was predicted.
     """
 
-    def replica_step(batch: Batch) -> tf.Tensor:
+    def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         images = data_util.eval_images(
             batch["image"], image_size, crop_proportion=crop_proportion
         )
@@ -822,23 +823,32 @@ def evaluate(
             tf.ones_like(loss),
         ]
         # Padding has weight 0.
-        return tf.linalg.matvec(tf.stack(columns), batch["weight"])
+        totals = tf.linalg.matvec(tf.stack(columns), batch["weight"])
+        columns = [batch["label"], tf.argmax(logits, -1), batch["weight"]]
+        return totals, tf.stack([tf.cast(x, tf.int64) for x in columns], 1)
 
     @tf.function
-    def run(batch: Batch) -> tf.Tensor:
-        totals = strategy.run(replica_step, (batch,))
-        return strategy.reduce("SUM", totals, axis=None)
+    def run(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
+        totals, rows = strategy.run(replica_step, (batch,))
+        return (
+            strategy.reduce("SUM", totals, axis=None),
+            strategy.gather(rows, axis=0),
+        )
 
-    totals = np.zeros(4)
+    totals, rows = np.zeros(4), []
     for batch in stream:
-        totals += run(batch).numpy()
+        batch_totals, batch_rows = run(batch)
+        totals += batch_totals.numpy()
+        rows.append(batch_rows.numpy())
     top_1, top_5, loss, count = totals
-    return {
+    measured = {
         "top_1_accuracy": top_1 / count,
         "top_5_accuracy": top_5 / count,
         "loss": loss / count,
         "num_examples": int(count),
     }
+    predictions = np.concatenate(rows)
+    return measured, predictions[predictions[:, 2] > 0, :2]
 
 
 def freeze(config: TrainConfig, networks: model.Networks) -> None:
