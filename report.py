@@ -198,8 +198,11 @@ def results(
             _table(
                 caption,
                 [
-                    _e("th"),
-                    *(_e("th", f"{c}, %", scope="col") for c in columns),
+                    _e("td"),
+                    *(
+                        _e("th", f"{c}, %", scope="col", class_="number")
+                        for c in columns
+                    ),
                 ],
                 [
                     [
@@ -226,7 +229,10 @@ def curves(title: str, scalars: Mapping[str, np.ndarray]) -> Section:
         points = scalars.get(tag, np.zeros((0, 2)))
         points = points[np.isfinite(points).all(axis=1)]
         # Without a penalty, the loss is the contrastive loss: once is enough.
-        is_new = not any(np.array_equal(points, other) for other in drawn)
+        is_new = not any(
+            points.shape == other.shape and np.allclose(points, other, 1e-3)
+            for other in drawn
+        )
         if len(points) > 1 and tag not in _HIDDEN_CURVES and is_new:
             drawn.append(points)
             name = tag.rpartition("/")[2].replace("_", " ").capitalize()
@@ -355,21 +361,23 @@ def neighbours(sample: Sample) -> Section:
     place = {int(i): position for position, i in enumerate(used)}
 
     def item(i: int, note: str, right: bool | None) -> ET.Element:
-        mark = {None: "", True: "✓ ", False: "✗ "}[right]
-        kind = {None: "", True: "right", False: "wrong"}[right]
+        thumb = _thumb(f"{_caption(sample, i)}{note}", place[i], len(used))
+        if right is not None:
+            thumb.append(_e("b", "✓" if right else "✗"))
         name = sample.class_of(i) or sample.names[i]
         return _e(
             "li",
-            _thumb(f"{_caption(sample, i)}{note}", place[i], len(used)),
-            _e("span", f"{mark}{name}", title=_caption(sample, i)),
-            class_=kind,
+            thumb,
+            _e("span", name, title=_caption(sample, i)),
+            class_={None: "", True: "right", False: "wrong"}[right],
         )
 
     def row(query: int) -> ET.Element:
         found = [
             item(
                 int(i),
-                f", cosine {cosine:.2f}",
+                f", cosine {cosine:.2f}"
+                + ("" if not known[i] else ", right" if right else ", wrong"),
                 bool(right) if known[query] and known[i] else None,
             )
             for i, cosine, right in zip(
@@ -581,7 +589,12 @@ def _normalized(embeddings: np.ndarray) -> np.ndarray:
 
 
 def _fit(points: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Returns points scaled alike in x and y, centred, with a margin."""
+    """Returns points scaled alike in x and y, centred, with a margin.
+
+    On their side, if they are higher than wide.
+    """
+    if np.ptp(points[:, 0]) < np.ptp(points[:, 1]):
+        points = points[:, ::-1]
     low, high = points.min(0), points.max(0)
     box = np.array([width, height])
     scale = ((box - 24) / np.maximum(high - low, 1e-12)).min()
@@ -631,7 +644,7 @@ def _table(
 ) -> ET.Element:
     table = _e(
         "table",
-        _e("caption", caption),
+        _e("caption", _e("span", caption)),
         _e("thead", _e("tr", *heading)),
         _e("tbody", *(_e("tr", *row) for row in rows)),
         class_=class_,
@@ -647,11 +660,10 @@ def _matrix(
 ) -> ET.Element:
     def cell(i: int, j: int) -> ET.Element:
         share = shares[i, j]
-        kind = ("hot " if share > 0.5 else "") + ("right" if i == j else "")
         return _e(
             "td",
             f"{100 * share:.0f}" if share else "",
-            class_=kind.strip(),
+            class_="right" if i == j else "",
             style=f"--share:{share:.3f}",
             title=f"{class_names[i]} taken for {class_names[j]}: "
             f"{100 * share:.1f} % of {totals[i]}",
@@ -806,12 +818,12 @@ def _run_details(run: Mapping[str, Any]) -> ET.Element:
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#faf9f6;--card:#fff;--ink:#20242b;
---soft:#5a626d;--line:#e2dfd8;--accent:#2d6389;--heat:#2d6389;--on-heat:#fff;
+--soft:#5a626d;--line:#e2dfd8;--accent:#2d6389;--heat:#78addb;
 --right:#1d7436;--wrong:#b3372c;--h0:#3b6ea8;--h1:#d9485f;--h2:#228833;
 --h3:#a98f00;--h4:#1c98bb;--h5:#8e2a67;--h6:#767b82}
 @media(prefers-color-scheme:dark){:root{--ground:#15171b;--card:#1d2025;
---ink:#e6e4df;--soft:#a2a8b1;--line:#33373e;--accent:#86bce3;--heat:#86bce3;
---on-heat:#101215;--right:#6fcf87;--wrong:#ff9489;--h0:#6fa9e4;--h1:#ff8796;
+--ink:#e6e4df;--soft:#a2a8b1;--line:#33373e;--accent:#86bce3;--heat:#2a6496;
+--right:#6fcf87;--wrong:#ff9489;--h0:#6fa9e4;--h1:#ff8796;
 --h2:#53bf69;--h3:#dcc752;--h4:#7edcf6;--h5:#d673b2;--h6:#a9aeb5}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth}
@@ -834,8 +846,9 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:clamp(1rem,2.5vw,1.75rem);margin:0 0 1.25rem;scroll-margin:1rem}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.92rem}
-caption{text-align:left;color:var(--soft);padding-bottom:.7rem;
-max-width:46rem}
+caption{text-align:left;color:var(--soft);padding-bottom:.7rem}
+caption span{display:block;max-width:min(46rem,100vw - 4.5rem);
+position:sticky;left:0}
 th,td{padding:.4rem .75rem;text-align:left;border-bottom:1px solid var(--line)}
 thead th{font-size:.8rem;font-weight:600;color:var(--soft);white-space:nowrap}
 tbody th{font-weight:500}
@@ -902,8 +915,12 @@ border-top:1px solid var(--line)}
 @media(min-width:44rem){.query{grid-template-columns:1fr .2fr
 repeat(8,minmax(0,1fr))}.query li:nth-child(2){grid-column:3}}
 .query li:first-child .thumb{outline:2px solid var(--ink);outline-offset:2px}
-.right>span:last-child{color:var(--right)}
-.wrong>span:last-child{color:var(--wrong)}
+.query .thumb{position:relative}
+.query .thumb b{position:absolute;right:3px;bottom:3px;width:1.1rem;
+height:1.1rem;border-radius:50%;text-align:center;font-size:.75rem;
+line-height:1.1rem;color:var(--card);background:var(--right)}
+.query .wrong b{background:var(--wrong)}
+.query .wrong>span:last-child{color:var(--soft)}
 .matrix{font-size:.8rem}
 .matrix th,.matrix td{padding:0 .3rem;height:1.9rem;border:0}
 .matrix thead th{height:auto;vertical-align:bottom;padding-bottom:.4rem}
@@ -914,7 +931,6 @@ background:var(--card);text-align:right}
 .matrix tbody td{min-width:2.1rem;text-align:center;
 border:1px solid var(--card);background:color-mix(in srgb,var(--heat)
 calc(var(--share,0)*100%),color-mix(in srgb,var(--line) 40%,var(--card)))}
-.matrix .hot{color:var(--on-heat)}
 .matrix tbody .right{font-weight:700}
 .matrix tbody .total{background:none;color:var(--soft);text-align:right}
 .matrix .corner{vertical-align:bottom;text-align:right;color:var(--soft);

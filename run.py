@@ -1184,6 +1184,49 @@ def _report_classifier(
     _write_report(run, table, sample, confusion, run.settings.model_dir)
 
 
+def _report_probe(run: Run, found: probe.Results) -> None:
+    """Writes the report of a probe."""
+    dataset = run.eval_data
+    chosen = report.choose(found.test_labels)
+    sample = report.take_sample(
+        dataset,
+        found.test_ids[chosen],
+        run.settings.image_size,
+        lambda _, ids: found.test_features[
+            np.searchsorted(found.test_ids, ids)
+        ],
+    )
+    budgets = {
+        name: f"{name} ({count} labels)"
+        for name, count in found.num_labels.items()
+    }
+    table = report.results(
+        {
+            scores.name: {
+                "linear": scores.linear,
+                f"{found.knn_k}-NN": scores.knn,
+            }
+            | {
+                budgets[name]: float(np.mean(values))
+                for name, values in scores.few_labels.items()
+            }
+            for scores in found.scores
+        },
+        caption=f"Top-1 accuracy on {len(found.test_labels):,} images of "
+        f"{found.dataset}, {found.test_split}, by features. Linear: logistic "
+        f"regression on {found.num_train:,} labels of {found.train_split}, its "
+        "strength of L2 chosen on held-out ones; columns to the right: on "
+        "fewer labels, mean over draws.",
+    )
+    confusion = report.confusion(
+        found.test_labels,
+        found.test_predictions,
+        found.class_names,
+        of="Logistic regression on the encoder's features",
+    )
+    _write_report(run, table, sample, confusion, run.settings.checkpoint)
+
+
 def _write_report(
     run: Run,
     table: report.Section,
