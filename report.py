@@ -24,7 +24,6 @@ from sklearn.manifold import TSNE
 
 import data
 import data_util
-import labelled
 import reporting
 
 _BATCH_SIZE = 256
@@ -121,10 +120,6 @@ def take_sample(
             int64 `[b]`, to embeddings `[b, d]`.
     """
     dataset = data.subset(dataset, ids)
-    try:
-        names = labelled.names_of(dataset)
-    except ValueError:
-        names = [f"example {i}" for i in dataset.example_ids]
     size = min(image_size, _PIXELS_OF_AN_IMAGE)
     parts = []
     for batch in data.eval_stream(
@@ -144,12 +139,14 @@ def take_sample(
     images, embeddings, labels, kept = map(
         np.concatenate, zip(*parts, strict=True)
     )
-    name_of = dict(zip(dataset.example_ids, names, strict=True))
     return Sample(
         images,
         embeddings,
         labels,
-        [name_of[i] for i in kept],
+        [
+            dataset.file_names[i] if dataset.file_names else f"example {i}"
+            for i in kept
+        ],
         dataset.class_names,
     )
 

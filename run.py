@@ -36,7 +36,6 @@ import checkpoint as checkpoint_lib
 import data
 import data_util
 import experiment
-import labelled
 import methods
 import model
 import objective
@@ -1155,13 +1154,12 @@ def _report_classifier(
     run: Run, measured: dict[str, float], predictions: np.ndarray
 ) -> None:
     """Writes the report of a trained classifier."""
-    labels, predicted = predictions.T
+    ids, labels, predicted = predictions.T
     most_frequent = np.bincount(labels[labels >= 0]).max() / len(labels)
     encoder = tf.function(model.encoder_of_images(run.networks))
-    chosen = report.choose(labelled.labels_of(run.eval_data))
     sample = report.take_sample(
         run.eval_data,
-        run.eval_data.example_ids[chosen],
+        ids[report.choose(labels)],
         run.settings.image_size,
         lambda images, _: encoder(images),
     )
@@ -1186,11 +1184,9 @@ def _report_classifier(
 
 def _report_probe(run: Run, found: probe.Results) -> None:
     """Writes the report of a probe."""
-    dataset = run.eval_data
-    chosen = report.choose(found.test_labels)
     sample = report.take_sample(
-        dataset,
-        found.test_ids[chosen],
+        run.eval_data,
+        found.test_ids[report.choose(found.test_labels)],
         run.settings.image_size,
         lambda _, ids: found.test_features[
             np.searchsorted(found.test_ids, ids)

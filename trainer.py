@@ -804,8 +804,8 @@ def evaluate(
 
     Returns:
         `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and
-        `num_examples`; and, int64 `[num_examples, 2]`, each image's label and
-        the class that was predicted.
+        `num_examples`; and, int64 `[num_examples, 3]`, each image's id, its
+        label and the class that was predicted.
     """
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
@@ -824,7 +824,7 @@ def evaluate(
         ]
         # Padding has weight 0.
         totals = tf.linalg.matvec(tf.stack(columns), batch["weight"])
-        columns = [batch["label"], tf.argmax(logits, -1), batch["weight"]]
+        columns = [batch["id"], batch["label"], tf.argmax(logits, -1)]
         return totals, tf.stack([tf.cast(x, tf.int64) for x in columns], 1)
 
     @tf.function
@@ -848,7 +848,7 @@ def evaluate(
         "num_examples": int(count),
     }
     predictions = np.concatenate(rows)
-    return measured, predictions[predictions[:, 2] > 0, :2]
+    return measured, predictions[predictions[:, 0] >= 0]
 
 
 def freeze(config: TrainConfig, networks: model.Networks) -> None:
