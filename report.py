@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from sklearn.manifold import TSNE
 
 import data
 import data_util
+import features
 import reporting
 
 _BATCH_SIZE = 256
@@ -106,48 +107,39 @@ def choose(labels: np.ndarray, limit: int = _MAX_EXAMPLES) -> np.ndarray:
 
 def take_sample(
     dataset: data.Dataset,
-    ids: np.ndarray,
+    outputs: features.Outputs,
     image_size: int,
-    embed: Callable[[tf.Tensor, np.ndarray], Any],
+    crop_proportion: float | None = None,
 ) -> Sample:
-    """Returns images of a split, and what an encoder makes of them.
+    """Returns images of a split beside what an encoder makes of them.
 
     Args:
-        dataset: with or without labels.
-        ids: of the examples, as `choose` chose them.
+        dataset: the split.
+        outputs: of the encoder, for those of its examples that are wanted.
         image_size: side of the images that the encoder sees, pixels.
-        embed: from float32 images `[b, s, s, c]` in [0, 1] and their ids,
-            int64 `[b]`, to embeddings `[b, d]`.
+        crop_proportion: central share of an image that it sees; None: all.
     """
-    dataset = data.subset(dataset, ids)
     size = min(image_size, _PIXELS_OF_AN_IMAGE)
-    parts = []
+    on_device = None if dataset.is_encoded else crop_proportion
+    thumbnails: dict[int, np.ndarray] = {}
     for batch in data.eval_stream(
-        dataset, batch_size=_BATCH_SIZE, image_size=image_size
+        data.subset(dataset, outputs.ids),
+        batch_size=_BATCH_SIZE,
+        image_size=image_size,
+        crop_proportion=crop_proportion or 1.0,
     ):
-        keep = batch["weight"].numpy() > 0
-        images = data_util.eval_images(batch["image"][keep], image_size)
-        example_ids = batch["id"].numpy()[keep]
-        parts.append(
-            (
-                _thumbnails(images, size),
-                np.asarray(embed(images, example_ids), np.float32),
-                batch["label"].numpy()[keep],
-                example_ids,
-            )
+        images = data_util.eval_images(
+            batch["image"], image_size, crop_proportion=on_device
         )
-    images, embeddings, labels, kept = map(
-        np.concatenate, zip(*parts, strict=True)
-    )
+        pairs = zip(batch["id"].numpy(), _thumbnails(images, size), strict=True)
+        thumbnails.update(pairs)
+    names = dataset.file_names
     return Sample(
-        images,
-        embeddings,
-        labels,
-        [
-            dataset.file_names[i] if dataset.file_names else f"example {i}"
-            for i in kept
-        ],
-        dataset.class_names,
+        images=np.stack([thumbnails[i] for i in outputs.ids]),
+        embeddings=outputs.values,
+        labels=outputs.labels,
+        names=[names[i] if names else f"example {i}" for i in outputs.ids],
+        class_names=dataset.class_names,
     )
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 from absl import logging
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import (
+    plugin_event_accumulator as event_accumulator,
+)
 from tensorboard.compat.proto import event_pb2
 from tensorboard.plugins import projector
 from tensorboard.summary.writer import event_file_writer
@@ -295,13 +297,25 @@ def read_events(directory: str) -> Events:
     return Events(scalars, png, step, times[-1] - times[0])
 
 
+def write_json(directory: str, name: str, content: dict[str, Any]) -> None:
+    """Writes a JSON file into a directory; whole or not at all."""
+    tf.io.gfile.makedirs(directory)
+    path = os.path.join(directory, name)
+    with tf.io.gfile.GFile(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=2)
+    tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
+
+
+def read_result(directory: str) -> dict[str, Any]:
+    """Returns the newest result that `write_result` wrote."""
+    with tf.io.gfile.GFile(os.path.join(directory, "result.json")) as file:
+        return json.load(file)
+
+
 def write_result(directory: str, result: dict[str, Any], step: int) -> None:
     """Writes `result.json`, `result_STEP.json` and TensorBoard's `eval` run."""
-    tf.io.gfile.makedirs(directory)
-    text = json.dumps(result, indent=2)
     for name in ("result.json", f"result_{step}.json"):
-        with tf.io.gfile.GFile(os.path.join(directory, name), "w") as file:
-            file.write(text)
+        write_json(directory, name, result)
     writer = tf.summary.create_file_writer(os.path.join(directory, "eval"))
     with writer.as_default(step):
         for name, value in result.items():

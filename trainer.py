@@ -74,6 +74,7 @@ class TrainConfig:
         fine_tune_after_block: -1 trains all, 0 freezes the stem, 4 all but
             the classifier.
         checkpoint_steps: steps between checkpoints.
+        checkpoint_minutes: minutes between them; if not 0, instead of steps.
         keep_checkpoint_max: older checkpoints are deleted.
         summary_steps: steps between TensorBoard points; 0: none.
         steps_per_loop: steps a call of the compiled loop; 0: as many as take
@@ -107,6 +108,7 @@ class TrainConfig:
     weight_decay: float
     fine_tune_after_block: int
     checkpoint_steps: int
+    checkpoint_minutes: float = 0.0
     keep_checkpoint_max: int
     summary_steps: int
     steps_per_loop: int
@@ -711,6 +713,7 @@ def train(
     )
     logging.info("Compiling the step (up to some minutes on a TPU) ...")
     pace = _Pace(config.steps_per_loop)
+    saved = time.monotonic()
     while step < config.train_steps:
         num_steps = min(pace.num_steps, _steps_to_save(config, step))
         started = time.monotonic()
@@ -720,10 +723,11 @@ def train(
         step += num_steps
         reporter.progress(step, loop.names, history, pace.seconds_a_step)
         stop = interrupted()
-        if stop or _steps_to_save(config, step - 1) == 1:
+        if stop or _is_due(config, step, time.monotonic() - saved):
             _check_finite_weights(networks, step)
             checkpoints.save(step)
             reporter.flush()
+            saved = time.monotonic()
         if stop and step < config.train_steps:
             raise Interrupted(f"Saved at step {step} of {config.train_steps}.")
     reporter.end()
@@ -731,8 +735,18 @@ def train(
 
 def _steps_to_save(config: TrainConfig, step: int) -> int:
     """Returns the number of steps from `step` to the next checkpoint."""
+    to_end = config.train_steps - step
+    if config.checkpoint_minutes:  # it is due when it is due
+        return to_end
     to_checkpoint = config.checkpoint_steps - step % config.checkpoint_steps
-    return min(to_checkpoint, config.train_steps - step)
+    return min(to_checkpoint, to_end)
+
+
+def _is_due(config: TrainConfig, step: int, seconds: float) -> bool:
+    """Whether to save after `step`, so many seconds after the last time."""
+    if config.checkpoint_minutes and seconds >= 60 * config.checkpoint_minutes:
+        return True
+    return _steps_to_save(config, step - 1) == 1
 
 
 class _Pace:
@@ -824,8 +838,9 @@ def evaluate(
         ]
         # Padding has weight 0.
         totals = tf.linalg.matvec(tf.stack(columns), batch["weight"])
-        columns = [batch["id"], batch["label"], tf.argmax(logits, -1)]
-        return totals, tf.stack([tf.cast(x, tf.int64) for x in columns], 1)
+        known_id = tf.where(batch["weight"] > 0, batch["id"], -1)
+        rows = [known_id, batch["label"], tf.argmax(logits, -1)]
+        return totals, tf.stack([tf.cast(x, tf.int64) for x in rows], 1)
 
     @tf.function
     def run(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import data
+import features
 import report
 
 _HOSTILE = "</script><img src=x onerror=\"alert('&amp;')\">\t\n\udcff"
@@ -284,23 +285,19 @@ def test_sample_is_of_the_chosen_images(tmp_path, channels):
     path = str(tmp_path / "some.npz")
     np.savez(path, images=images, labels=np.arange(9) % 2)
     dataset = data.load(path, "train", channels=channels)
-    ids = np.array([2, 3, 7])
-    sample = report.take_sample(
-        dataset,
-        ids,
-        6,
-        lambda images, ids: np.stack(
-            [tf.reduce_mean(images, [1, 2, 3]), ids.astype(np.float32)], 1
-        ),
+    outputs = features.compute_outputs(None, data.subset(dataset, [2, 3, 7]), 6)
+    sample = report.take_sample(dataset, outputs, 6)
+    np.testing.assert_array_equal(sample.embeddings, outputs.values)
+    np.testing.assert_allclose(
+        sample.images.mean((1, 2, 3)) / 255,
+        outputs.values.mean(1),
+        atol=3e-3,
     )
-    shown = sample.images.mean((1, 2, 3)) / 255
-    np.testing.assert_array_equal(sample.embeddings[:, 1], ids)
-    np.testing.assert_allclose(sample.embeddings[:, 0], shown, atol=3e-3)
     np.testing.assert_array_equal(sample.labels, [0, 1, 1])
     assert sample.names == ["example 2", "example 3", "example 7"]
     assert sample.class_of(1) == "1"
     if channels == 3:
-        np.testing.assert_array_equal(sample.images, images[ids])
+        np.testing.assert_array_equal(sample.images, images[[2, 3, 7]])
     assert sample.images.shape == (3, 6, 6, 3)
 
 
@@ -316,9 +313,10 @@ def test_large_images_are_shown_small():
         image_size=(200, 200),
         file_names=("a/b.png",),
     )
-    sample = report.take_sample(
-        dataset, np.array([0]), 200, lambda images, _: images[:, 0, 0]
+    outputs = features.Outputs(
+        values=np.ones((1, 4)), labels=np.array([-1]), ids=np.array([0])
     )
+    sample = report.take_sample(dataset, outputs, 200)
     np.testing.assert_array_equal(
         sample.images, np.full((1, 96, 96, 3), 200, np.uint8)
     )
