@@ -11,7 +11,6 @@ import base64
 import dataclasses
 import math
 import os
-import re
 import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -156,52 +155,40 @@ def _thumbnails(images: tf.Tensor, size: int) -> np.ndarray:
 
 
 def results(
-    rows: Mapping[str, Mapping[str, float]], *, caption: str
+    rows: Mapping[str, Mapping[str, Sequence[float]]], *, caption: str
 ) -> Section:
-    """Returns a table of shares; the best of each column stands out.
+    """Returns a table of shares in %; the best of each column stands out.
 
     Args:
-        rows: by name, values in [0, 1] by the name of their column.
+        rows: by name, draws in [0, 1] by the name of their column. Of several
+            draws, their mean and standard deviation are shown.
         caption: what was measured.
     """
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     best = {
-        name: max(row[name] for row in rows.values() if name in row)
+        name: max(np.mean(row[name]) for row in rows.values() if name in row)
         for name in columns
     }
 
-    def cell(row: Mapping[str, float], name: str) -> ET.Element:
+    def cell(row: Mapping[str, Sequence[float]], name: str) -> ET.Element:
         if name not in row:
             return _e("td", "–", class_="number")
-        value = row[name]
+        mean, spread = np.mean(row[name]), 100 * np.std(row[name])
         return _e(
             "td",
-            _e("b" if value == best[name] else "span", f"{100 * value:.1f}"),
-            _e("i", style=f"--share:{value:.3f}"),
+            _e("b" if mean == best[name] else "span", f"{100 * mean:.1f}"),
+            _e("small", f" ± {spread:.1f}" if len(row[name]) > 1 else ""),
+            _e("i", style=f"--share:{mean:.3f}"),
             class_="number bar",
         )
 
+    heading = [_e("th", name, scope="col", class_="number") for name in columns]
+    body = [
+        [_e("th", name, scope="row"), *(cell(row, c) for c in columns)]
+        for name, row in rows.items()
+    ]
     return Section(
-        "Results",
-        [
-            _table(
-                caption,
-                [
-                    _e("td"),
-                    *(
-                        _e("th", f"{c}, %", scope="col", class_="number")
-                        for c in columns
-                    ),
-                ],
-                [
-                    [
-                        _e("th", name, scope="row"),
-                        *(cell(row, c) for c in columns),
-                    ]
-                    for name, row in rows.items()
-                ],
-            )
-        ],
+        "Results", [_table(caption, [_e("td"), *heading], body, "results")]
     )
 
 
@@ -228,7 +215,7 @@ def curves(title: str, scalars: Mapping[str, np.ndarray]) -> Section:
             charts[tag] = _chart(_CURVES.get(tag, name), points)
     if not charts:
         return Section(
-            title, missing="no TensorBoard points (train_summary_steps is 0?)"
+            title, missing="TensorBoard's events have no curve of it"
         )
     first = [chart for tag, chart in charts.items() if tag in _CURVES]
     others = [chart for tag, chart in charts.items() if tag not in _CURVES]
@@ -244,7 +231,9 @@ def views(png: bytes | None, step: int) -> Section:
     """Returns the picture of augmented views, as the model saw them."""
     title = "Augmented views"
     if not png:
-        return Section(title, missing="the run's events hold no picture")
+        return Section(
+            title, missing="TensorBoard's events have no picture of them"
+        )
     text = (
         "Training images as the model saw them: a column for every image, a "
         f"row for every view, at step {step:,}."
@@ -465,10 +454,10 @@ def page(
         sections: in their order.
     """
     body, links = [], []
-    for section in sections:
+    for i, section in enumerate(sections):
         if section.missing:
             continue
-        name = re.sub(r"\W+", "-", section.title.lower())
+        name = f"section-{i}"
         links.append(_e("a", section.title, href=f"#{name}"))
         heading = _e("h2", section.title)
         body.append(_e("section", heading, *section.parts, id=name))
@@ -843,8 +832,11 @@ thead th{font-size:.8rem;font-weight:600;color:var(--soft);white-space:nowrap}
 tbody th{font-weight:500}
 tr>:first-child{padding-left:0}
 .number{text-align:right;white-space:nowrap}
-.bar{min-width:6.5rem;position:relative;padding-bottom:.7rem}
+.bar{min-width:6.25rem;position:relative;padding-bottom:.7rem}
 .bar b{font-weight:700}
+.bar small{color:var(--soft)}
+.results thead th{white-space:normal;vertical-align:bottom;max-width:8rem}
+@media(min-width:44rem){.results tbody th{white-space:nowrap}}
 .bar i{position:absolute;left:.75rem;right:.75rem;bottom:.25rem;height:4px;
 border-radius:2px;background:linear-gradient(to right,var(--accent)
 calc(var(--share)*100%),var(--line) 0)}
@@ -861,7 +853,7 @@ stroke-linejoin:round}
 details{margin-top:1rem}
 summary{cursor:pointer;color:var(--accent);font-size:.9rem}
 details[open] summary{margin-bottom:1rem}
-#augmented-views img{display:block;width:100%;min-width:40rem;
+.wide img{display:block;width:100%;min-width:40rem;
 border-radius:4px;image-rendering:pixelated}
 .map{display:grid;gap:1rem 2rem}
 .map>svg[role]{width:100%;height:auto}

@@ -18,7 +18,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Before TensorFlow is loaded: its start-up notes are a page, and without a GPU
@@ -43,8 +43,8 @@ import methods
 import model
 import objective
 import probe
-import report
 import reporting
+import run_report
 import saliency
 import trainer
 from experiment import Run, Settings
@@ -1197,7 +1197,7 @@ def _train(run: Run) -> Callable[[], None]:
             lambda: bool(signals.received),
         )
         if evaluates:
-            _report_classifier(run, *run.evaluate(config.train_steps))
+            run_report.of_classifier(run, *run.evaluate(config.train_steps))
 
     return work
 
@@ -1340,7 +1340,7 @@ def _probe(run: Run) -> Callable[[], None]:
             results.record()
             | {"checkpoint": settings.checkpoint, "flags": vars(settings)},
         )
-        _report_probe(run, results)
+        run_report.of_probe(run, results)
 
     return work
 
@@ -1386,163 +1386,6 @@ def _embed(run: Run) -> Callable[[], None]:
         )
 
     return work
-
-
-def _report_classifier(
-    run: Run, measured: dict[str, float], predictions: np.ndarray
-) -> None:
-    """Writes the report of a trained classifier."""
-    ids, labels, predicted = predictions.T
-    counts = np.bincount(labels[labels >= 0])
-    with run.strategy.scope():
-        encoder = model.encoder_of_images(run.networks)
-    outputs = features.compute_outputs(
-        encoder,
-        data.subset(run.eval_data, ids[report.choose(labels)]),
-        run.settings.image_size,
-        **run.forward_options(),
-    )
-    table = report.results(
-        {
-            "the most frequent class": {"top-1": counts.max() / counts.sum()},
-            "this classifier": {
-                "top-1": measured["top_1_accuracy"],
-                "top-5": measured["top_5_accuracy"],
-            },
-        },
-        caption=f"Accuracy on {measured['num_examples']:,} test images.",
-    )
-    confusion = report.confusion(
-        labels,
-        predicted,
-        run.eval_data.class_names,
-        of="The classifier",
-    )
-    _write_report(run, table, outputs, confusion, run.settings.model_dir)
-
-
-def _report_probe(run: Run, found: probe.Results) -> None:
-    """Writes the report of a probe."""
-    chosen = report.choose(found.test_labels)
-    outputs = features.Outputs(
-        values=found.test_features[chosen],
-        labels=found.test_labels[chosen],
-        ids=found.test_ids[chosen],
-    )
-    budgets = {
-        name: f"{name} ({count} labels)"
-        for name, count in found.num_labels.items()
-    }
-    table = report.results(
-        {
-            scores.name: {
-                "linear": scores.linear,
-                f"{found.knn_k}-NN": scores.knn,
-            }
-            | {
-                budgets[name]: float(np.mean(values))
-                for name, values in scores.few_labels.items()
-            }
-            for scores in found.scores
-        },
-        caption=f"Top-1 accuracy on {len(found.test_labels):,} images of "
-        f"{found.dataset}, {found.test_split}, by features. Linear: logistic "
-        f"regression on {found.num_train:,} labels of {found.train_split}, its "
-        "strength of L2 chosen on held-out ones; columns to the right: on "
-        "fewer labels, mean over draws.",
-    )
-    confusion = report.confusion(
-        found.test_labels,
-        found.test_predictions,
-        found.class_names,
-        of="Logistic regression on the encoder's features",
-    )
-    _write_report(run, table, outputs, confusion, run.settings.checkpoint)
-
-
-def _write_report(
-    run: Run,
-    table: report.Section,
-    outputs: features.Outputs,
-    confusion: report.Section,
-    trained: str,
-) -> None:
-    """Writes `report.html` and the projector's files to `model_dir`.
-
-    Args:
-        run: which evaluates.
-        table: of results.
-        outputs: of the encoder, for the test images to show.
-        confusion: its section.
-        trained: run directory or checkpoint whose encoder this is about.
-    """
-    settings = run.settings
-    sample = report.take_sample(
-        run.eval_data, outputs, settings.image_size, run.eval_crop
-    )
-    lineage = dict(_lineage(trained))
-    runs = list(lineage.values())
-    curves, views, seconds = [], report.views(None, 0), 0.0
-    for directory, one in reversed(lineage.items()):
-        events = reporting.read_events(directory)
-        pretrains = one["flags"]["train_mode"] == "pretrain"
-        title = "Pretraining" if pretrains else "Fine-tuning"
-        curves.append(report.curves(title, events.scalars))
-        seconds += events.seconds
-        if pretrains or not views.parts:
-            views = report.views(events.views, events.views_step)
-    name = os.path.basename(trained.rstrip("/"))
-    first = runs[-1]["flags"] if runs else {}
-    facts = {
-        "Evaluated on": f"{settings.dataset}, {run.eval_data.split}",
-        "Encoder": _encoder_name(settings),
-        "Steps": " + ".join(f"{one['train_steps']:,}" for one in runs[::-1]),
-        "Training took": reporting.duration(seconds),
-        "Written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-    if not runs:
-        del facts["Steps"], facts["Training took"]
-    text = report.page(
-        f"{first['objective']} on {first['dataset']}" if first else name,
-        facts,
-        [
-            table,
-            *curves,
-            views,
-            report.embedding_map(sample),
-            report.neighbours(sample),
-            confusion,
-            report.reproduction(sys.argv, runs),
-        ],
-    )
-    reporting.write_projector(
-        settings.model_dir,
-        sample.embeddings,
-        sample.images,
-        {
-            "class": [sample.class_of(i) for i in range(len(sample.labels))],
-            "image": sample.names,
-        },
-    )
-    logging.info("Report: %s", report.write(settings.model_dir, text))
-
-
-def _encoder_name(settings: Settings) -> str:
-    if settings.encoder != "resnet":
-        return settings.encoder
-    return f"ResNet-{settings.resnet_depth} x{settings.width_multiplier:g}"
-
-
-def _lineage(path: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields a run's directory and `run.json`, then those it started from."""
-    seen = set()
-    while path and path not in seen:
-        seen.add(path)
-        found = checkpoint_lib.read_run(path)
-        if not found:
-            return
-        yield checkpoint_lib.run_directory(path), found
-        path = found["flags"].get("checkpoint")
 
 
 class _Signals:

@@ -3,14 +3,19 @@
 
 import html.parser
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import checkpoint
 import data
 import features
+import probe
 import report
+import run_report
 
 _HOSTILE = "</script><img src=x onerror=\"alert('&amp;')\">\t\n\udcff"
 _VOID = {"meta", "img", "br", "link", "input"}
@@ -86,7 +91,10 @@ def _page(name="class"):
         {"Encoder": name},
         [
             report.results(
-                {"raw pixels": {"linear": 0.419}, name: {"linear": 0.752}},
+                {
+                    "raw pixels": {"linear": [0.419]},
+                    name: {"linear": [0.752], "few": [0.5, 0.6]},
+                },
                 caption=f"By {name}",
             ),
             report.curves("Pretraining", scalars),
@@ -117,7 +125,8 @@ def test_page_shows_what_it_was_given(text):
     assert len(links) == len(titles)
     assert all(link.startswith("#") and link[1:] in ids for link in links)
     for words in (
-        *titles, "title class", "raw pixels", "41.9", "75.2", "1.25", "62.5 %",
+        *titles, "title class", "raw pixels", "41.9", "75.2", "55.0 ± 5.0",
+        "1.25", "62.5 %",
         "step 1,234", "t-SNE of 60 test images", "class 2",
         "c0ffee", "python 3.11", "--mode=probe",
     ):  # fmt: skip
@@ -195,7 +204,7 @@ def test_what_is_missing_is_left_out_and_said_why():
     )
     assert [a["id"] for a in page.all("section")] == ["left-out"]
     assert len(page.all("li")) == 5
-    assert "Pretraining: no TensorBoard points" in page.text
+    assert "Pretraining: TensorBoard's events have no curve" in page.text
     assert "Confusion: the test images have no labels" in page.text
 
 
@@ -329,3 +338,72 @@ def test_page_is_written(tmp_path):
     assert path == str(tmp_path / "new" / "report.html")
     with open(path, encoding="utf-8") as file:
         assert file.read() == "<p>ü</p>"
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_probe_has_a_report(tmp_path, monkeypatch, is_own):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--mode=probe"])
+    sample = _sample()
+    dataset = data.Dataset(
+        name="some",
+        split="test",
+        source=data.Arrays(sample.images, sample.labels),
+        num_examples=60,
+        class_names=tuple(sample.class_names),
+        channels=3,
+        image_size=(8, 8),
+    )
+    if is_own:
+        record = _RUN | {
+            "flags": {"objective": "simclr", "dataset": "some"}
+            | {"train_mode": "pretrain", "checkpoint": str(tmp_path)},
+            "architecture": {"encoder": "resnet", "resnet_depth": 18}
+            | {"width_multiplier": 0.5, "channels": 3},
+            "sources": {},
+            "train_steps": 1234,
+        }
+        checkpoint.write_run(str(tmp_path), record)
+    scores = probe.Scores(
+        name="pretrained encoder",
+        dim=3,
+        linear=0.75,
+        inverse_l2=0.1,
+        knn=0.5,
+        few_labels={"1 a class": (0.25, 0.5)},
+    )
+    run_report.of_probe(
+        types.SimpleNamespace(
+            settings=types.SimpleNamespace(
+                model_dir=str(tmp_path / "probe"),
+                checkpoint=str(tmp_path),
+                dataset="some",
+                image_size=8,
+            ),
+            eval_data=dataset,
+            eval_crop=None,
+        ),
+        probe.Results(
+            scores=(scores,),
+            dataset="some",
+            train_split="train",
+            test_split="test",
+            class_names=dataset.class_names,
+            num_train=100,
+            num_labels={"1 a class": 3},
+            knn_k=20,
+            knn_temperature=0.07,
+            test_ids=np.arange(60),
+            test_features=sample.embeddings,
+            test_labels=sample.labels,
+            test_predictions=sample.labels,
+        ),
+    )
+    page = _Page((tmp_path / "probe" / "report.html").read_text())
+    for words in ("75.0", "37.5 ± 12.5", "1 a class, 3 labels", "20-NN"):
+        assert words in page.text
+    title = "simclr on some" if is_own else tmp_path.name
+    assert page.texts[: page.texts.index("Evaluated on")].count(title) == 2
+    assert ("ResNet-18 x0.5" in page.text) == is_own
+    assert ("1,234" in page.text) == is_own
+    assert len(page.all("use")) == 60 + 3  # the map and its legend
+    assert (tmp_path / "probe" / "projector" / "sprite.png").exists()
