@@ -342,7 +342,7 @@ def neighbours(sample: Sample) -> Section:
         thumb = _thumb(f"{_caption(sample, i)}{note}", place[i], len(used))
         if right is not None:
             thumb.append(_e("b", "✓" if right else "✗"))
-        name = sample.class_of(i) or sample.names[i]
+        name = sample.class_of(i) or os.path.basename(sample.names[i])
         return _e(
             "li",
             thumb,
@@ -824,9 +824,9 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:clamp(1rem,2.5vw,1.75rem);margin:0 0 1.25rem;scroll-margin:1rem}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.92rem}
-caption{text-align:left;color:var(--soft);padding-bottom:.7rem}
-caption span{display:block;max-width:min(46rem,100vw - 4.5rem);
-position:sticky;left:0}
+caption{text-align:left;color:var(--soft);padding-bottom:.7rem;width:0}
+caption span{display:block;width:max-content;
+max-width:min(46rem,100vw - 4.5rem);position:sticky;left:0}
 th,td{padding:.4rem .75rem;text-align:left;border-bottom:1px solid var(--line)}
 thead th{font-size:.8rem;font-weight:600;color:var(--soft);white-space:nowrap}
 tbody th{font-weight:500}

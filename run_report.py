@@ -133,8 +133,9 @@ def _write(
         facts |= {
             "Encoder": _encoder_name(**runs[0]["architecture"]),
             "Steps": " + ".join(steps),
-            "First to last step": reporting.duration(seconds),
         }
+    if seconds:
+        facts["First to last step"] = reporting.duration(seconds)
     facts |= {
         "Features": f"{sample.embeddings.shape[1]:,}",
         "Written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
