@@ -21,16 +21,13 @@ import tensorflow as tf
 import threadpoolctl
 from sklearn.manifold import TSNE
 
-import data
-import data_util
-import features
 import reporting
 
-_BATCH_SIZE = 256
+_HERE = os.path.dirname(os.path.abspath(__file__))
 _MAX_EXAMPLES = 1_000  # of a sample
 _MAX_CLASSES = 20  # that a person can tell apart, in a map or a matrix
 _QUERIES, _NEIGHBOURS = 8, 8
-_PIXELS_OF_AN_IMAGE, _PIXELS_OF_A_POINT = 96, 48  # at most
+_PIXELS_OF_A_POINT = 48  # at most, of the picture beside the pointer
 _POINTS_OF_A_CURVE = 150  # about as many as can be told apart
 _CONFUSIONS = 20  # of more classes than fit a matrix
 _HUES = 7  # in the style sheet, as --h0 ...
@@ -104,45 +101,7 @@ def choose(labels: np.ndarray, limit: int = _MAX_EXAMPLES) -> np.ndarray:
     return np.sort(order[:limit])
 
 
-def take_sample(
-    dataset: data.Dataset,
-    outputs: features.Outputs,
-    image_size: int,
-    crop_proportion: float | None = None,
-) -> Sample:
-    """Returns images of a split beside what an encoder makes of them.
-
-    Args:
-        dataset: the split.
-        outputs: of the encoder, for those of its examples that are wanted.
-        image_size: side of the images that the encoder sees, pixels.
-        crop_proportion: central share of an image that it sees; None: all.
-    """
-    size = min(image_size, _PIXELS_OF_AN_IMAGE)
-    on_device = None if dataset.is_encoded else crop_proportion
-    thumbnails: dict[int, np.ndarray] = {}
-    for batch in data.eval_stream(
-        data.subset(dataset, outputs.ids),
-        batch_size=_BATCH_SIZE,
-        image_size=image_size,
-        crop_proportion=crop_proportion or 1.0,
-    ):
-        images = data_util.eval_images(
-            batch["image"], image_size, crop_proportion=on_device
-        )
-        pairs = zip(batch["id"].numpy(), _thumbnails(images, size), strict=True)
-        thumbnails.update(pairs)
-    names = dataset.file_names
-    return Sample(
-        images=np.stack([thumbnails[i] for i in outputs.ids]),
-        embeddings=outputs.values,
-        labels=outputs.labels,
-        names=[names[i] if names else f"example {i}" for i in outputs.ids],
-        class_names=dataset.class_names,
-    )
-
-
-def _thumbnails(images: tf.Tensor, size: int) -> np.ndarray:
+def thumbnails(images: tf.Tensor, size: int) -> np.ndarray:
     """Returns images in [0, 1] as uint8 `[n, size, size, 3]`, or smaller."""
     if images.shape[-1] != 3:
         images = tf.repeat(tf.reduce_mean(images, -1, keepdims=True), 3, -1)
@@ -306,7 +265,7 @@ def embedding_map(sample: Sample) -> Section:
     if legend:
         heading = "Classes; press to see them alone"
         parts.append(_e("ul", *legend, class_="legend", aria_label=heading))
-    small = _thumbnails(sample.images / np.float32(255), _PIXELS_OF_A_POINT)
+    small = thumbnails(sample.images / np.float32(255), _PIXELS_OF_A_POINT)
     div = _e("div", *parts, tip, id="map", class_="map", style=_sprite(small))
     return Section(title, [_e("p", text), _shapes(), div])
 
@@ -492,14 +451,14 @@ def page(
             ),
             _e("meta", name="color-scheme", content="light dark"),
             _e("title", title),
-            _e("style", _STYLE),
+            _e("style", _read("report.css")),
         ),
         _e(
             "body",
             _e("header", _e("h1", title), _e("dl", *pairs)),
             _e("nav", *links, aria_label="Sections"),
             _e("main", *body),
-            _e("script", _SCRIPT),
+            _e("script", _read("report.js")),
         ),
         lang="en",
     )
@@ -612,6 +571,12 @@ def _e(tag: str, *children: ET.Element | str, **attributes: str) -> ET.Element:
         else:
             element.text = (element.text or "") + child
     return element
+
+
+def _read(name: str) -> str:
+    """Returns a file from beside this one."""
+    with open(os.path.join(_HERE, name), encoding="utf-8") as file:
+        return file.read()
 
 
 def _table(
@@ -792,169 +757,3 @@ def _run_details(run: Mapping[str, Any]) -> ET.Element:
         _e("p", f"{commit}{versions}; {devices}."),
         _table("Flags that are no defaults", heading, rows),
     )
-
-
-_STYLE = """
-:root{color-scheme:light dark;--ground:#faf9f6;--card:#fff;--ink:#20242b;
---soft:#5a626d;--line:#e2dfd8;--accent:#2d6389;--heat:#78addb;
---right:#1d7436;--wrong:#b3372c;--h0:#3b6ea8;--h1:#d9485f;--h2:#228833;
---h3:#a98f00;--h4:#1c98bb;--h5:#8e2a67;--h6:#767b82}
-@media(prefers-color-scheme:dark){:root{--ground:#15171b;--card:#1d2025;
---ink:#e6e4df;--soft:#a2a8b1;--line:#33373e;--accent:#86bce3;--heat:#2a6496;
---right:#6fcf87;--wrong:#ff9489;--h0:#6fa9e4;--h1:#ff8796;
---h2:#53bf69;--h3:#dcc752;--h4:#7edcf6;--h5:#d673b2;--h6:#a9aeb5}}
-*{box-sizing:border-box}
-html{scroll-behavior:smooth}
-body{margin:0 auto;max-width:76rem;padding:2rem clamp(1rem,4vw,3rem) 4rem;
-background:var(--ground);color:var(--ink);
-font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
-font-variant-numeric:tabular-nums}
-h1{font-size:clamp(1.5rem,4vw,2.2rem);line-height:1.2;margin:0 0 1rem;
-letter-spacing:-.015em;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:0 0 .6rem;letter-spacing:-.005em}
-p{max-width:46rem;margin:0 0 1rem;color:var(--soft)}
-a{color:var(--accent);text-underline-offset:.2em}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-dl{display:flex;flex-wrap:wrap;gap:.6rem 2rem;margin:0}
-dt{font-size:.78rem;color:var(--soft)}
-dd{margin:0;font-weight:600;overflow-wrap:anywhere}
-nav{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:1.6rem 0;
-padding:.7rem 0;border-block:1px solid var(--line);font-size:.9rem}
-section{background:var(--card);border:1px solid var(--line);border-radius:10px;
-padding:clamp(1rem,2.5vw,1.75rem);margin:0 0 1.25rem;scroll-margin:1rem}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.92rem}
-caption{text-align:left;color:var(--soft);padding-bottom:.7rem;width:0}
-caption span{display:block;width:max-content;
-max-width:min(46rem,100vw - 4.5rem);position:sticky;left:0}
-th,td{padding:.4rem .75rem;text-align:left;border-bottom:1px solid var(--line)}
-thead th{font-size:.8rem;font-weight:600;color:var(--soft);white-space:nowrap}
-tbody th{font-weight:500}
-tr>:first-child{padding-left:0}
-.number{text-align:right;white-space:nowrap}
-.bar{min-width:6.25rem;position:relative;padding-bottom:.7rem}
-.bar b{font-weight:700}
-.bar small{color:var(--soft)}
-.results thead th{white-space:normal;vertical-align:bottom;max-width:8rem}
-@media(min-width:44rem){.results tbody th{white-space:nowrap}}
-.bar i{position:absolute;left:.75rem;right:.75rem;bottom:.25rem;height:4px;
-border-radius:2px;background:linear-gradient(to right,var(--accent)
-calc(var(--share)*100%),var(--line) 0)}
-.charts{display:grid;gap:1.25rem 1.75rem;
-grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr))}
-figure{margin:0}
-figcaption{display:flex;justify-content:space-between;gap:1rem;font-size:.9rem}
-figure svg{display:block;width:100%}
-figure line{stroke:var(--line)}
-figure text{font-size:10.5px;fill:var(--soft);text-anchor:middle}
-figure .end{text-anchor:end}
-polyline{fill:none;stroke:var(--accent);stroke-width:1.75;
-stroke-linejoin:round}
-details{margin-top:1rem}
-summary{cursor:pointer;color:var(--accent);font-size:.9rem}
-details[open] summary{margin-bottom:1rem}
-.wide img{display:block;width:100%;min-width:40rem;
-border-radius:4px;image-rendering:pixelated}
-.map{display:grid;gap:1rem 2rem}
-.map>svg[role]{width:100%;height:auto}
-.legend{list-style:none;margin:0;padding:0;columns:9rem;column-gap:1rem}
-@media(min-width:56rem){.map:has(.legend){grid-template-columns:1fr 15rem;
-align-items:center}.legend{columns:auto}}
-.legend button{display:flex;gap:.5rem;align-items:center;width:100%;
-font:inherit;font-size:.88rem;text-align:left;color:inherit;background:none;
-border:0;border-radius:5px;padding:.16rem .4rem;cursor:pointer}
-.legend button:hover,.legend [aria-pressed=true]{background:var(--line)}
-.legend svg{flex:none;width:14px;height:14px}
-.legend span{overflow:hidden;text-overflow:ellipsis}
-.legend small{margin-left:auto;color:var(--soft)}
-.map use{stroke:var(--card);stroke-width:.8}
-.map use.dim{opacity:.09}
-.map use.hue0{fill:var(--h0)}.map use.hue1{fill:var(--h1)}
-.map use.hue2{fill:var(--h2)}.map use.hue3{fill:var(--h3)}
-.map use.hue4{fill:var(--h4)}.map use.hue5{fill:var(--h5)}
-.map use.hue6{fill:var(--h6)}
-.thumb{display:block;aspect-ratio:1;border-radius:4px;
-background-color:var(--line);background-image:var(--sprite);image-rendering:pixelated;
-background-size:calc(var(--columns)*100%);background-position:
-calc(var(--column)*100%/max(1,var(--columns) - 1))
-calc(var(--row)*100%/max(1,var(--rows) - 1))}
-.tip{position:fixed;z-index:1;pointer-events:none;padding:.5rem;
-max-width:16rem;font-size:.82rem;line-height:1.3;background:var(--card);
-border:1px solid var(--line);border-radius:8px;overflow-wrap:anywhere;
-box-shadow:0 4px 16px #0004}
-.tip:not([hidden]){display:flex;gap:.6rem;align-items:center}
-.tip .thumb{flex:none;width:72px}
-.query{list-style:none;display:grid;gap:.7rem;margin:0;padding:.9rem 0;
-grid-template-columns:repeat(4,minmax(0,1fr));max-width:62rem;
-border-top:1px solid var(--line)}
-.query li{font-size:.76rem;line-height:1.35}
-.query li>span:last-child{display:-webkit-box;-webkit-box-orient:vertical;
--webkit-line-clamp:2;overflow:hidden;overflow-wrap:anywhere;margin-top:.3rem}
-.query li:first-child{font-weight:650}
-@media(max-width:43.99rem){.query li:first-child{grid-column:1/-1}
-.query li:first-child .thumb{width:calc(25% - .6rem)}}
-@media(min-width:44rem){.query{grid-template-columns:1fr .2fr
-repeat(8,minmax(0,1fr))}.query li:nth-child(2){grid-column:3}}
-.query li:first-child .thumb{outline:2px solid var(--ink);outline-offset:2px}
-.query .thumb{position:relative}
-.query .thumb b{position:absolute;right:3px;bottom:3px;width:1.1rem;
-height:1.1rem;border-radius:50%;text-align:center;font-size:.75rem;
-line-height:1.1rem;color:var(--card);background:var(--right)}
-.query .wrong b{background:var(--wrong)}
-.query .wrong>span:last-child{color:var(--soft)}
-.matrix{font-size:.8rem}
-.matrix th,.matrix td{padding:0 .3rem;height:1.9rem;border:0}
-.matrix thead th{height:auto;vertical-align:bottom;padding-bottom:.4rem}
-.matrix thead span{writing-mode:vertical-rl;transform:rotate(180deg);
-max-height:9rem;overflow:hidden;text-overflow:ellipsis;font-weight:500}
-.matrix tbody th{white-space:nowrap;padding-right:.6rem;position:sticky;left:0;
-background:var(--card);text-align:right}
-.matrix tbody td{min-width:2.1rem;text-align:center;
-border:1px solid var(--card);background:color-mix(in srgb,var(--heat)
-calc(var(--share,0)*100%),color-mix(in srgb,var(--line) 40%,var(--card)))}
-.matrix tbody .right{font-weight:700}
-.matrix tbody .total{background:none;color:var(--soft);text-align:right}
-.matrix .corner{vertical-align:bottom;text-align:right;color:var(--soft);
-white-space:nowrap;padding-bottom:.4rem}
-pre{margin:.75rem 0;padding:.9rem 1.1rem;overflow-x:auto;font-size:.85rem;
-line-height:1.5;background:var(--ground);border:1px solid var(--line);
-border-radius:6px;user-select:all}
-"""
-
-# Thumbnails beside the pointer, and classes on their own.
-_SCRIPT = """
-const map = document.getElementById("map");
-if (map) {
-  const tip = map.querySelector(".tip");
-  const [thumb, text] = tip.children;
-  const points = [...map.querySelectorAll("svg[role] use")];
-  const columns = Math.ceil(Math.sqrt(points.length));
-  points.forEach((point, i) => {
-    const title = point.querySelector("title");
-    const words = title.textContent;
-    title.remove();
-    point.addEventListener("pointerenter", event => {
-      thumb.style.setProperty("--column", i % columns);
-      thumb.style.setProperty("--row", Math.floor(i / columns));
-      text.textContent = words;
-      tip.hidden = false;
-      const x = event.clientX + 14, y = event.clientY + 14;
-      tip.style.left = Math.min(x, innerWidth - tip.offsetWidth - 8) + "px";
-      tip.style.top = Math.min(y, innerHeight - tip.offsetHeight - 8) + "px";
-    });
-    point.addEventListener("pointerleave", () => { tip.hidden = true; });
-  });
-  const buttons = [...map.querySelectorAll("button")];
-  const pressed = button => button.getAttribute("aria-pressed") === "true";
-  for (const button of buttons) {
-    button.addEventListener("click", () => {
-      button.setAttribute("aria-pressed", !pressed(button));
-      const shown = buttons.filter(pressed).map(b => b.dataset.class);
-      for (const point of points) {
-        const dims = shown.length && !shown.includes(point.dataset.class);
-        point.classList.toggle("dim", dims);
-      }
-    });
-  }
-}
-"""

@@ -12,12 +12,16 @@ from absl import logging
 
 import checkpoint
 import data
+import data_util
 import features
 import model
 import probe
 import report
 import reporting
 from experiment import Run
+
+_BATCH_SIZE = 256
+_PIXELS_OF_AN_IMAGE = 96  # at most, as shown
 
 
 def of_classifier(
@@ -91,6 +95,46 @@ def of_probe(run: Run, found: probe.Results) -> None:
     _write(run, table, outputs, confusion, run.settings.checkpoint)
 
 
+def take_sample(
+    dataset: data.Dataset,
+    outputs: features.Outputs,
+    image_size: int,
+    crop_proportion: float | None = None,
+) -> report.Sample:
+    """Returns images of a split beside what an encoder makes of them.
+
+    Args:
+        dataset: the split.
+        outputs: of the encoder, for those of its examples that are wanted.
+        image_size: side of the images that the encoder sees, pixels.
+        crop_proportion: central share of an image that it sees; None: all.
+    """
+    size = min(image_size, _PIXELS_OF_AN_IMAGE)
+    on_device = None if dataset.is_encoded else crop_proportion
+    thumbnails: dict[int, np.ndarray] = {}
+    for batch in data.eval_stream(
+        data.subset(dataset, outputs.ids),
+        batch_size=_BATCH_SIZE,
+        image_size=image_size,
+        crop_proportion=crop_proportion or 1.0,
+    ):
+        images = data_util.eval_images(
+            batch["image"], image_size, crop_proportion=on_device
+        )
+        pairs = zip(
+            batch["id"].numpy(), report.thumbnails(images, size), strict=True
+        )
+        thumbnails.update(pairs)
+    names = dataset.file_names
+    return report.Sample(
+        images=np.stack([thumbnails[i] for i in outputs.ids]),
+        embeddings=outputs.values,
+        labels=outputs.labels,
+        names=[names[i] if names else f"example {i}" for i in outputs.ids],
+        class_names=dataset.class_names,
+    )
+
+
 def _write(
     run: Run,
     table: report.Section,
@@ -108,7 +152,7 @@ def _write(
         trained: run directory or checkpoint whose encoder this is about.
     """
     settings = run.settings
-    sample = report.take_sample(
+    sample = take_sample(
         run.eval_data, outputs, settings.image_size, run.eval_crop
     )
     lineage = dict(_lineage(trained))

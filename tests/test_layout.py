@@ -19,7 +19,7 @@ _MAY_IMPORT = {
     "saliency": {"data_util"},
     "labelled": {"data_util", "sources"},
     "data": {"data_util", "saliency", "sources"},
-    "report": {"data", "data_util", "features", "reporting"},
+    "report": {"reporting"},
     "model": {"resnet"},
     "checkpoint": {"model", "resnet"},
     "features": {"data", "data_util", "sources"},
@@ -53,6 +53,7 @@ _MAY_IMPORT = {
     "run_report": {
         "checkpoint",
         "data",
+        "data_util",
         "experiment",
         "features",
         "model",

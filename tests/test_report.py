@@ -295,7 +295,7 @@ def test_sample_is_of_the_chosen_images(tmp_path, channels):
     np.savez(path, images=images, labels=np.arange(9) % 2)
     dataset = data.load(path, "train", channels=channels)
     outputs = features.compute_outputs(None, data.subset(dataset, [2, 3, 7]), 6)
-    sample = report.take_sample(dataset, outputs, 6)
+    sample = run_report.take_sample(dataset, outputs, 6)
     np.testing.assert_array_equal(sample.embeddings, outputs.values)
     np.testing.assert_allclose(
         sample.images.mean((1, 2, 3)) / 255,
@@ -325,7 +325,7 @@ def test_large_images_are_shown_small():
     outputs = features.Outputs(
         values=np.ones((1, 4)), labels=np.array([-1]), ids=np.array([0])
     )
-    sample = report.take_sample(dataset, outputs, 200)
+    sample = run_report.take_sample(dataset, outputs, 200)
     np.testing.assert_array_equal(
         sample.images, np.full((1, 96, 96, 3), 200, np.uint8)
     )
