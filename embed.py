@@ -3,6 +3,7 @@
 
 import csv
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import tensorflow as tf
 
 import data
 import labelled
-from features import Outputs
+from features import Outputs, write_npz
 
 EMBEDDING_FORMATS = (".npz", ".parquet")
 PREDICTION_FORMATS = (".csv", ".npz")
@@ -57,12 +58,12 @@ def write_embeddings(path: str, dataset: data.Dataset, outputs: Outputs) -> int:
         "label": outputs.labels,
     }
     if path.endswith(".npz"):
-        _write_npz(
-            path,
-            columns | {"embedding": outputs.values},
-            class_names=dataset.class_names,
-            unreadable=missing,
-        )
+        columns |= {
+            "embedding": outputs.values,
+            "class_names": np.array(dataset.class_names, str),
+            "unreadable": np.array(missing, str),
+        }
+        write_npz(path, columns)
     else:
         columns["class"] = _class_names(dataset.class_names, outputs.labels)
         _write_parquet(path, columns, outputs.values)
@@ -81,7 +82,8 @@ def write_predictions(
     A CSV file has the columns `name`, `label` (where images have any),
     `class_1`, `probability_1`, `class_2`, ...; an .npz the arrays `name`, `id`,
     `label`, `class` and `probability` `[N, k]`, `class_names`, `unreadable`.
-    Labels are those of the images' own folders; in an .npz, numbers of them.
+    Labels are the images' own: their names are not the classifier's but, in an
+    .npz, `label_names`.
 
     Args:
         path: in one of `PREDICTION_FORMATS`; None: CSV to standard output.
@@ -103,11 +105,11 @@ def write_predictions(
             "label": outputs.labels,
             "class": best,
             "probability": probabilities,
+            "class_names": np.array(class_names, str),
+            "label_names": np.array(dataset.class_names, str),
+            "unreadable": np.array(missing, str),
         }
-        _write_npz(
-            path, columns, class_names=class_names, unreadable=missing,
-            label_names=dataset.class_names,
-        )  # fmt: skip
+        write_npz(path, columns)
         return len(missing)
     labels = _class_names(dataset.class_names, outputs.labels)
     header = ["name", *(["label"] if dataset.class_names else [])]
@@ -150,24 +152,16 @@ def _class_names(
     return [class_names[i] if i >= 0 else None for i in labels]
 
 
-def _write_npz(
-    path: str, columns: dict[str, Any], **names: Sequence[str]
-) -> None:
-    texts = {k: np.array(v, dtype=str) for k, v in names.items()}
-    with tf.io.gfile.GFile(path, "wb") as file:
-        np.savez(file, **{**columns, **texts})
-
-
 def _write_parquet(
     path: str, columns: dict[str, Any], embeddings: np.ndarray
 ) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    values = pyarrow.array(embeddings.reshape(-1))
     columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(
-        values, embeddings.shape[1]
+        pyarrow.array(embeddings.reshape(-1)), embeddings.shape[1]
     )
-    table = pyarrow.table(columns)
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), content)
     with tf.io.gfile.GFile(path, "wb") as file:
-        pyarrow.parquet.write_table(table, file)
+        file.write(content.getvalue())

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -181,14 +182,19 @@ def cached(
     except Exception as error:  # of zip, NumPy or the file system: damaged
         logging.warning("%s cannot be read (%s); made again.", path, error)
     made = make()
-    arrays: dict[str, Any] = {"key": np.array(text), **made}
     try:
         tf.io.gfile.makedirs(directory)
-        # Another probe may be writing the same.
-        unfinished = f"{path}.{os.getpid()}.tmp"
-        with tf.io.gfile.GFile(unfinished, "wb") as file:
-            np.savez(file, **arrays)
-        tf.io.gfile.rename(unfinished, path, overwrite=True)
+        write_npz(path, {"key": np.array(text), **made})
     except (OSError, tf.errors.OpError) as error:
         logging.warning("%s cannot be written: %s", path, error)
     return made
+
+
+def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays to an archive; whole or not at all."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    unfinished = f"{path}.{os.getpid()}.tmp"  # another may write the same
+    with tf.io.gfile.GFile(unfinished, "wb") as file:
+        file.write(content.getvalue())
+    tf.io.gfile.rename(unfinished, path, overwrite=True)

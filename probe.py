@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,11 +59,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for budget in self.label_budgets:
-            number = budget.removesuffix("%")
-            is_share = budget != number
-            if not number.replace(".", "", 1).isdecimal() or not (
-                0 < float(number) <= 100 if is_share else number.isdecimal()
-            ):
+            is_count = re.fullmatch("[1-9][0-9]*", budget)
+            share = re.fullmatch("([0-9.]+)%", budget)
+            if not is_count and not (share and 0 < float(share[1]) <= 100):
                 raise ValueError(
                     "A label budget is a number of labels of each class, such "
                     "as 5, or a share of all labels, such as 10%. Received: "
@@ -144,6 +143,14 @@ class Results:
             "scores": [dataclasses.asdict(scores) for scores in self.scores],
             "num_test": len(self.test_ids),
         }
+
+
+def standardize(
+    train: np.ndarray, test: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features of mean 0 and variance 1 in `train`."""
+    scaler = StandardScaler().fit(train)
+    return scaler.transform(train), scaler.transform(test)
 
 
 def linear_predictions(
@@ -240,9 +247,7 @@ def _judge(
     For logistic regression, features are standardised by the mean and the
     variance of all training images, which takes no labels.
     """
-    scaler = StandardScaler().fit(train.values)
-    features = scaler.transform(train.values)
-    test_features = scaler.transform(test.values)
+    features, test_features = standardize(train.values, test.values)
 
     def predict(rows: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
         few = features[rows], train.labels[rows]
@@ -317,7 +322,6 @@ def measure(
         order = np.random.default_rng(0).permutation(train_data.example_ids)
         train_data = data.subset(train_data, order[: options.max_train])
     splits = [(s, features_lib.fingerprint(s)) for s in (train_data, test_data)]
-    cached = functools.partial(features_lib.cached, cache)
     scores = []
     for name, encoder in encoders.items():
         size = image_size if encoder else min(image_size, _PIXELS_SIDE)
@@ -336,13 +340,17 @@ def measure(
 
         train, test = (
             Outputs(
-                **cached(
-                    key | {"data": identity}, functools.partial(outputs, split)
+                **features_lib.cached(
+                    # Pixels in memory are as quick to have again.
+                    cache if encoder or split.is_encoded else None,
+                    key | {"data": identity},
+                    functools.partial(outputs, split),
                 )
             ).labelled()
             for split, identity in splits
         )
-        judged = cached(
+        judged = features_lib.cached(
+            cache,
             key
             | {"data": [identity for _, identity in splits]}
             | {"options": dataclasses.asdict(options)},

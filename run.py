@@ -982,21 +982,7 @@ def _check(settings: Settings) -> None:
             "not support. Received: --train_mode=pretrain "
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
-    reads = settings.mode in ("probe", "embed", "predict")
-    given = settings.checkpoint
-    if reads and given in (None, "", _FROM_SCRATCH):
-        raise ValueError(
-            f"--mode={settings.mode} needs --checkpoint, the run to look at."
-        )
-    if finetune and not given and settings.mode != "eval":
-        raise ValueError(
-            "--checkpoint must name the pretrained run; to train from scratch, "
-            "give --checkpoint=none."
-        )
-    if settings.mode in ("embed", "predict") and not settings.input:
-        raise ValueError(f"--mode={settings.mode} needs --input, the images.")
-    if settings.mode == "embed" and not settings.output:
-        raise ValueError("--mode=embed needs --output, the file to write.")
+    _check_inputs(settings)
     if settings.use_tpu and settings.cpu_replicas > 1:
         raise ValueError("--cpu_replicas is for runs without a TPU.")
     if settings.use_siglip and settings.objective != "siglip":
@@ -1016,6 +1002,26 @@ def _check(settings: Settings) -> None:
             f"Of {settings.encoder}, fine-tuning trains all "
             "(--fine_tune_after_block=-1) or the classifier alone (4)."
         )
+
+
+def _check_inputs(settings: Settings) -> None:
+    """Raises ValueError where a mode lacks what it is to read or write."""
+    reads = settings.mode in ("probe", "embed", "predict")
+    given = settings.checkpoint
+    if reads and given in (None, "", _FROM_SCRATCH):
+        raise ValueError(
+            f"--mode={settings.mode} needs --checkpoint, the run to look at."
+        )
+    finetune = settings.train_mode == "finetune"
+    if finetune and not given and settings.mode != "eval":
+        raise ValueError(
+            "--checkpoint must name the pretrained run; to train from scratch, "
+            "give --checkpoint=none."
+        )
+    if settings.mode in ("embed", "predict") and not settings.input:
+        raise ValueError(f"--mode={settings.mode} needs --input, the images.")
+    if settings.mode == "embed" and not settings.output:
+        raise ValueError("--mode=embed needs --output, the file to write.")
 
 
 def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
