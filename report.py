@@ -297,37 +297,33 @@ def neighbours(sample: Sample) -> Section:
     used = np.unique([*queries, *nearest[queries].ravel()])
     place = {int(i): position for position, i in enumerate(used)}
 
-    def item(i: int, note: str, right: bool | None) -> ET.Element:
+    def item(i: int, note: str, kind: str) -> ET.Element:
         thumb = _thumb(f"{_caption(sample, i)}{note}", place[i], len(used))
-        if right is not None:
-            thumb.append(_e("b", "✓" if right else "✗"))
+        if kind:
+            thumb.append(_e("b", "✓" if kind == "right" else "✗"))
         name = sample.class_of(i) or os.path.basename(sample.names[i])
         return _e(
             "li",
             thumb,
             _e("span", name, title=_caption(sample, i)),
-            class_={None: "", True: "right", False: "wrong"}[right],
+            class_=kind,
         )
 
     def row(query: int) -> ET.Element:
-        found = [
-            item(
-                int(i),
-                f", cosine {cosine:.2f}"
-                + ("" if not known[i] else ", right" if right else ", wrong"),
-                bool(right) if known[query] and known[i] else None,
-            )
-            for i, cosine, right in zip(
-                nearest[query], cosines[query], agree[query], strict=True
-            )
-        ]
-        return _e("ol", item(query, ", query", None), *found, class_="query")
+        found = []
+        for i, cosine, agrees in zip(
+            nearest[query], cosines[query], agree[query], strict=True
+        ):
+            kind = "right" if agrees else "wrong"
+            if not (known[query] and known[i]):
+                kind = ""
+            note = f", cosine {cosine:.2f}{kind and f', {kind}'}"
+            found.append(item(int(i), note, kind))
+        return _e("ol", item(query, ", query", ""), *found, class_="query")
 
     rows = [row(int(query)) for query in queries]
     style = _sprite(sample.images[used])
-    return Section(
-        title, [_e("p", text), _e("div", *rows, class_="near", style=style)]
-    )
+    return Section(title, [_e("p", text), _e("div", *rows, style=style)])
 
 
 def confusion(

@@ -158,6 +158,19 @@ def test_page_can_be_heard_and_reached(text):
     assert page.text.count("✓") + page.text.count("✗") == 3 * 8 + 2
 
 
+def test_style_is_of_what_is_there(text):
+    page = _Page(text)
+    names = {
+        name
+        for _, attributes in page.elements
+        for name in attributes.get("class", "").split()
+    }
+    with open(report.__file__.replace(".py", ".css")) as file:
+        styled = set(re.findall(r"\.([a-z]+)\b(?=[^}]*{)", file.read()))
+    assert styled - {"hue"} <= names | {"dim", "wrong"}
+    assert {"map", "legend", "query", "thumb", "matrix"} <= styled
+
+
 def test_page_loads_nothing(text):
     page = _Page(text)
     for tag, attributes in page.elements:
@@ -222,6 +235,24 @@ def test_images_without_labels_are_shown_without_judgement():
     assert not page.all("button")
     assert len(page.all("ol")) == 8
     assert not re.search("[✓✗]", page.text)
+
+
+def test_neighbours_are_judged_by_their_class():
+    sample = _sample()
+    # Where the first class lies, every other image is now of the second.
+    sample.labels[::6] = 1
+    nearest, _ = report.nearest_neighbours(sample.embeddings, 8)
+    agree = sample.labels[nearest] == sample.labels[:, None]
+    firsts = [list(sample.labels).index(label) for label in range(3)]
+    page = _Page(report.page("", {}, [report.neighbours(sample)]))
+    assert f"Of all neighbours, {100 * agree.mean():.1f} %" in page.text
+    marks = [text == "✓" for text in page.texts if text in ("✓", "✗")]
+    np.testing.assert_array_equal(marks, agree[firsts].ravel())
+    assert 0 < sum(marks) < len(marks)
+    kinds = [a.get("class") for a in page.all("li")]
+    assert kinds.count("right") == sum(marks)
+    labels = [a.get("aria-label", "") for a in page.all("span")]
+    assert sum(text.endswith(", right") for text in labels) == sum(marks)
 
 
 def test_confusion_of_few_classes_is_a_matrix():
