@@ -30,7 +30,7 @@ def check_output(path: str, formats: Sequence[str]) -> None:
         )
     if extension == ".parquet" and not importlib.util.find_spec("pyarrow"):
         raise ValueError(
-            "Parquet files need pyarrow: pip install -r requirements-export.txt"
+            "Parquet files need pyarrow: pip install -r requirements.txt"
         )
     tf.io.gfile.makedirs(os.path.dirname(path) or ".")
 

@@ -243,6 +243,11 @@ class Run:
                 f"--train_batch_size={settings.train_batch_size}."
             )
 
+    def choose(self, source: str, **flags: Any) -> None:
+        """Gives flags values that were found, and says where."""
+        vars(self.settings).update(flags)
+        self._sources |= dict.fromkeys(flags, source)
+
     def held_out(self, model_dir: str, **flags: Any) -> "Run":
         """Returns a run that is evaluated on images held out of training.
 

@@ -714,7 +714,6 @@ _OWN_FLAGS = tuple(
 )
 _OF_PRETRAINING = (
     "objective",
-    "preset",
     "rpc_marginal_norm",
     "lineareval_while_pretraining",
     "augmentation",
@@ -1042,6 +1041,8 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
             *experiment.AUGMENTATION_OVERRIDES,
         ):
             reasons[name] = "it is of pretraining"
+        if settings.preset in methods.PRESETS:
+            reasons["preset"] = "it is of pretraining"
     else:
         for name in _OF_FINETUNING:
             reasons[name] = "it is of fine-tuning"
@@ -1248,7 +1249,7 @@ def _sweep(run: Run) -> Callable[[], None]:
             "sweep.json",
             {"held_out_top_1_accuracy": accuracies, "chosen": trials[best]},
         )
-        vars(settings).update(trials[best])
+        run.choose("sweep", **trials[best])
         _train(run)()
 
     prepare(next(iter(trials)))  # before any compute: it looks at everything
