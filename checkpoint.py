@@ -430,3 +430,35 @@ def _simclr_variables(serialized: bytes) -> Iterator[tuple[str, str]]:
         keys = {a.checkpoint_key for i in below for a in nodes[i].attributes}
         for key in keys - set(places.values()):
             yield f"{_SIMCLR_ENCODER}/{key}", key
+
+
+def load_classifier(path: str) -> tuple[keras.Model, tuple[str, ...]]:
+    """Returns the classifier of a run of this program, with its encoder.
+
+    Args:
+        path: a run directory or a checkpoint prefix in one.
+
+    Returns:
+        keras.Model from float32 images `[n, h, w, c]` in [0, 1] to float32
+        probabilities `[n, num_classes]`; the normalisation of the run is
+        inside. The names of the classes.
+
+    Raises:
+        ValueError: if there is no checkpoint, or no classifier in it.
+    """
+    run = read_run(path)
+    if not run or not run["architecture"]["num_classes"]:
+        raise ValueError(
+            f"There is no classifier in {path!r}: fine-tune an encoder first, "
+            "--train_mode=finetune."
+        )
+    architecture = model.Architecture(**run["architecture"])
+    networks = model.build_networks(architecture.without_pretraining())
+    restore_networks(path, **networks.models())
+    images = keras.Input((None, None, architecture.channels))
+    logits = networks.logits(images, training=False)
+    classes = range(architecture.num_classes)
+    return (
+        keras.Model(images, keras.ops.softmax(logits)),
+        tuple(run.get("class_names") or map(str, classes)),
+    )

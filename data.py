@@ -57,7 +57,8 @@ def load(
               whose path hashes so is "test", the rest "train";
             - "path.npz": uint8 `images [N, H, W, C]`, optionally integer
               `labels [N]`, -1 for none; its one split is "train".
-        split: a split, or an expression of TFDS: "train[:90%]", "train+test".
+        split: a split, or an expression of TFDS: "train[:90%]", "train+test";
+            "all" is every split, of a folder in the order of the paths.
         data_dir: where TFDS keeps its datasets; its own default if None.
         channels: channels to decode: 1, 3 or 4; the dataset's own if None
             (3 for a folder).

@@ -5,6 +5,7 @@ Takes the flags in force as one object, their names as attributes; only
 `run.py` reads them from the command line.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -58,8 +59,6 @@ class Run:
             image_size, channels and stem, is resolved.
         strategy: where steps run.
         train_data: the training split.
-        architecture: of the networks.
-        networks: made in the strategy's scope.
     """
 
     def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
@@ -84,13 +83,6 @@ class Run:
         self.train_data = self._load_train_data()
         self._settle()
         self._log_settings()
-        self.architecture = make_architecture(
-            settings, self.train_data.num_classes
-        )
-        with self.strategy.scope():
-            self.networks = model.build_networks(
-                self.architecture, remat=settings.remat
-            )
 
     def _set_numerics(self) -> None:
         """Sets TensorFlow up; before anything else is done with it."""
@@ -127,6 +119,25 @@ class Run:
                 groups.setdefault(source, []).append(f"{name}={value}")
         for source, flags in groups.items():
             logging.info("Flags from %s: %s", source, " ".join(flags))
+
+    @functools.cached_property
+    def architecture(self) -> model.Architecture:
+        """What the networks are built from."""
+        return make_architecture(self.settings, self.train_data.num_classes)
+
+    @functools.cached_property
+    def networks(self) -> model.Networks:
+        """With fresh weights, made in the strategy's scope."""
+        with self.strategy.scope():
+            return model.build_networks(
+                self.architecture, remat=self.settings.remat
+            )
+
+    @property
+    def eval_crop(self) -> float | None:
+        """The central share of an image that evaluation sees; None: all."""
+        is_small = self.settings.image_size <= _LARGEST_SMALL_IMAGE
+        return None if is_small else _IMAGENET_CROP_PROPORTION
 
     @functools.cached_property
     def eval_data(self) -> data.Dataset:
@@ -213,7 +224,8 @@ class Run:
         settings, size = self.settings, self.train_data.image_size
         if settings.image_size is None:
             settings.image_size = min(size) if size else _IMAGENET_SIZE
-        if size and settings.image_size > min(size):
+        trains = settings.mode in ("train", "train_then_eval")
+        if trains and size and settings.image_size > min(size):
             raise ValueError(
                 f"--image_size={settings.image_size} exceeds the images of "
                 f"{settings.dataset}, which are {size[0]}x{size[1]}."
@@ -243,6 +255,33 @@ class Run:
                 f"--train_batch_size={settings.train_batch_size}."
             )
 
+    def choose(self, source: str, **flags: Any) -> None:
+        """Gives flags values that were found, and says where."""
+        vars(self.settings).update(flags)
+        self._sources |= dict.fromkeys(flags, source)
+
+    def held_out(self, model_dir: str, **flags: Any) -> "Run":
+        """Returns a run that is evaluated on images held out of training.
+
+        Args:
+            model_dir: of that run.
+            **flags: values that it has otherwise.
+        """
+        other = copy.copy(self)
+        other.settings = Settings(**vars(self.settings) | flags)
+        other.settings.model_dir = model_dir
+        train_data, count = self.train_data, self.settings.held_out_examples
+        order = np.random.default_rng(self.settings.seed).permutation(
+            train_data.example_ids
+        )
+        # At most a tenth, where there are few.
+        count = min(count, len(order) // 10)
+        vars(other).pop("networks", None)
+        other.train_data = data.subset(train_data, order[count:])
+        other.eval_data = data.subset(train_data, order[:count])
+        keras.utils.set_random_seed(self.settings.seed)
+        return other
+
     def distributed(
         self, make_stream: Callable[..., tf.data.Dataset]
     ) -> tf.data.Dataset:
@@ -255,14 +294,22 @@ class Run:
             )
         )
 
-    def evaluate(self, step: int) -> None:
-        """Evaluates the networks and writes the result."""
-        settings, dataset = self.settings, self.eval_data
-        crop = (
-            None
-            if settings.image_size <= _LARGEST_SMALL_IMAGE
-            else _IMAGENET_CROP_PROPORTION
-        )
+    def forward_options(self) -> dict[str, Any]:
+        """Returns how `features.compute_outputs` is to run."""
+        return {
+            "crop_proportion": self.eval_crop,
+            "batch_size": self.settings.eval_batch_size,
+            "strategy": self.strategy,
+            "jit_compile": self.settings.jit_compile,
+        }
+
+    def evaluate(self, step: int) -> tuple[dict[str, float], np.ndarray]:
+        """Evaluates the networks, writes the result and returns it.
+
+        Returns:
+            What `trainer.evaluate` returns.
+        """
+        settings, dataset, crop = self.settings, self.eval_data, self.eval_crop
         stream = self.distributed(
             functools.partial(
                 data.eval_stream,
@@ -274,7 +321,7 @@ class Run:
         )
         if settings.eval_steps:
             stream = itertools.islice(stream, settings.eval_steps)
-        measured = trainer.evaluate(
+        measured, predictions = trainer.evaluate(
             self.networks,
             stream,
             settings.image_size,
@@ -297,6 +344,7 @@ class Run:
             100 * measured["top_5_accuracy"],
             measured["num_examples"],
         )
+        return measured, predictions
 
     def write(self, config: trainer.TrainConfig) -> None:
         """Writes `run.json`, after a look at what is in the directory.
@@ -311,6 +359,7 @@ class Run:
             "sources": self._sources,
             "architecture": dataclasses.asdict(architecture),
             "train_steps": config.train_steps,
+            "class_names": self.train_data.class_names,
             "command": sys.argv,
             "commit": _commit(),
             "devices": list(self.strategy.extended.worker_devices),

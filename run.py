@@ -11,6 +11,7 @@ evaluated, or from the objective; the log at start says which.
 """
 
 import functools
+import itertools
 import logging as std_logging
 import os
 import platform
@@ -35,13 +36,16 @@ from absl import app, flags, logging
 import checkpoint as checkpoint_lib
 import data
 import data_util
+import embed
 import experiment
+import features
 import methods
 import model
 import objective
 import probe
 import reporting
 import resnet
+import run_report
 import saliency
 import trainer
 from experiment import Run, Settings
@@ -59,6 +63,7 @@ _OBJECTIVES = tuple(
 _SECONDS_BETWEEN_POLLS = 5
 _IMAGES_IN_GRID = 16
 _FROM_SCRATCH = "none"  # as --checkpoint
+_NOWHERE = "none"  # as --feature_cache
 
 _FLAGS_OF_LIBRARIES = frozenset(FLAGS)
 
@@ -78,10 +83,11 @@ def _by_method(name: str) -> str:
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "train_then_eval", "probe"],
+    ["train", "eval", "train_then_eval", "probe", "embed", "predict"],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
-    "--checkpoint's features with raw pixels and a random encoder.",
+    "--checkpoint's features with raw pixels and a random encoder; embed: "
+    "write its features of --input; predict: the classes it sees there.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -99,21 +105,22 @@ flags.DEFINE_alias("loss_type", "objective")
 flags.DEFINE_enum(
     "preset",
     None,
-    sorted(methods.PRESETS),
-    "Published recipe; flags on the command line win.",
+    sorted({**methods.PRESETS, **methods.EVALUATION_PRESETS}),
+    "Published recipe of pretraining, or of evaluation, which then is the "
+    "train_mode; flags on the command line win.",
 )
 flags.DEFINE_string(
     "model_dir",
     None,
     "Where checkpoints, events and results go; a run found there goes on. "
-    "Unset: runs/TRAIN_MODE-OBJECTIVE-DATASET.",
+    "Unset: runs/TRAIN_MODE-OBJECTIVE-DATASET; of a probe, --checkpoint's.",
 )
 flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed; or weights of another program, see "
-    "README; none: from scratch.",
+    "starts from, or which is probed, embeds or predicts; or other programs' "
+    "weights, see README; none: from scratch.",
 )
 flags.DEFINE_integer(
     "seed",
@@ -186,6 +193,12 @@ flags.DEFINE_integer(
     "Steps between checkpoints; if not 0, instead of checkpoint_epochs.",
     lower_bound=0,
 )
+flags.DEFINE_float(
+    "checkpoint_minutes",
+    0.0,
+    "Minutes between checkpoints; if not 0, instead of checkpoint_steps.",
+    lower_bound=0,
+)
 flags.DEFINE_integer(
     "keep_checkpoint_max", 5, "Older checkpoints are deleted.", lower_bound=1
 )
@@ -212,7 +225,10 @@ flags.DEFINE_integer(
 
 # Optimisation.
 flags.DEFINE_enum(
-    "optimizer", "lars", ["lars", "momentum", "adam"], "Optimizer."
+    "optimizer",
+    "lars",
+    ["lars", "momentum", "adam"],
+    "LARS, SGD with Nesterov's momentum, or Adam.",
 )
 flags.DEFINE_enum(
     "lars_variant",
@@ -577,6 +593,65 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "zero_init_logits_layer", False, "Whether the classifier starts at zero."
 )
+flags.DEFINE_list(
+    "sweep_learning_rate",
+    [],
+    "Learning rates to choose from: each is trained on part of the training "
+    "images and evaluated on the others; the best is trained on all.",
+)
+flags.DEFINE_list(
+    "sweep_train_epochs", [], "Epochs to choose from, with each learning rate."
+)
+flags.DEFINE_integer(
+    "held_out_examples",
+    10_009,
+    "Training images that decide a sweep, at most a tenth of all.",
+    lower_bound=1,
+)
+
+# Probing.
+flags.DEFINE_integer(
+    "knn_k", 20, "Nearest neighbours that vote.", lower_bound=1
+)
+flags.DEFINE_float(
+    "knn_temperature",
+    0.07,
+    "A vote weighs exp(cosine / knn_temperature).",
+    lower_bound=0.01,
+)
+flags.DEFINE_list(
+    "label_budgets",
+    ["1", "5", "10", "1%", "10%"],
+    "Few labels to learn from: so many of each class, or a share of all.",
+)
+flags.DEFINE_integer(
+    "probe_seeds", 5, "Draws of each budget's labels.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "probe_max_train",
+    50_000,
+    "Training images used, drawn at random; 0: all.",
+    lower_bound=0,
+)
+flags.DEFINE_string(
+    "feature_cache",
+    None,
+    "Where features are kept for the next probe; none: nowhere. Unset: "
+    "MODEL_DIR/features.",
+)
+
+# Embedding and predicting.
+flags.DEFINE_string("input", None, "Images, as --dataset.")
+flags.DEFINE_string("input_split", "all", "Split of --input.")
+flags.DEFINE_string(
+    "output",
+    None,
+    "File to write: embed: .npz or .parquet; predict: .csv or .npz; unset: to "
+    "standard output.",
+)
+flags.DEFINE_integer(
+    "top_k", 5, "Most probable classes of an image.", lower_bound=1
+)
 
 # Augmentation. None: the preset's value.
 flags.DEFINE_enum(
@@ -701,7 +776,6 @@ _OWN_FLAGS = tuple(
 )
 _OF_PRETRAINING = (
     "objective",
-    "preset",
     "rpc_marginal_norm",
     "lineareval_while_pretraining",
     "accumulate_steps",
@@ -736,7 +810,22 @@ _OF_FINETUNING = (
     "fine_tune_after_block",
     "zero_init_logits_layer",
     "train_on_labelled",
+    "sweep_learning_rate",
+    "sweep_train_epochs",
+    "held_out_examples",
 )
+_OF_MODES = {
+    ("probe",): (
+        "knn_k",
+        "knn_temperature",
+        "label_budgets",
+        "probe_seeds",
+        "probe_max_train",
+        "feature_cache",
+    ),
+    ("embed", "predict"): ("input", "input_split", "output"),
+    ("predict",): ("top_k",),
+}
 # SimCLR's linear evaluation on CIFAR-10.
 _FINETUNE_DEFAULTS = {
     "optimizer": "momentum",
@@ -794,12 +883,19 @@ def main(argv: Sequence[str]) -> None:
     modes = {
         "train": _train,
         "train_then_eval": _train,
+        "sweep": _sweep,
         "eval": _follow,
         "probe": _probe,
+        "embed": _embed,
+        "predict": _embed,
     }
     try:
         run = Run(*resolve_flags())
-        work = modes[run.settings.mode](run)
+        sweeps = (
+            run.settings.sweep_learning_rate or run.settings.sweep_train_epochs
+        )
+        trains = run.settings.mode in ("train", "train_then_eval")
+        work = modes["sweep" if sweeps and trains else run.settings.mode](run)
     except (ValueError, OSError, tf.errors.OpError) as error:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
@@ -857,9 +953,12 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
         setattr(settings, name, value)
 
     layers: dict[str, methods.Values] = {"its run": _inherited_values()}
+    of_preset = f"preset {FLAGS.preset}"
+    if FLAGS.preset in methods.EVALUATION_PRESETS:
+        layers[of_preset] = methods.EVALUATION_PRESETS[FLAGS.preset]
     resolve("train_mode", layers)
-    if FLAGS.preset and settings.train_mode == "pretrain":
-        layers[f"preset {FLAGS.preset}"] = methods.PRESETS[FLAGS.preset]
+    if FLAGS.preset in methods.PRESETS and settings.train_mode == "pretrain":
+        layers[of_preset] = methods.PRESETS[FLAGS.preset]
     for name in ("objective", "target_network", "use_siglip"):
         resolve(name, layers)
     row = methods.canonical_name(settings.objective, settings.use_siglip)
@@ -896,6 +995,22 @@ def _tidy(settings: Settings, sources: dict[str, str]) -> None:
     settings.target_decay = settings.target_decay or 0.0
     if settings.checkpoint == _FROM_SCRATCH:
         settings.checkpoint = None
+    # A value given on the command line is not to be searched for.
+    for name, of_one in (
+        ("sweep_learning_rate", ("learning_rate",)),
+        ("sweep_train_epochs", ("train_epochs", "train_steps")),
+    ):
+        given = any(sources[flag] == "command line" for flag in of_one)
+        values = getattr(settings, name)
+        if given and sources[name] != "command line":
+            values = ()
+        number = float if name == "sweep_learning_rate" else int
+        setattr(settings, name, tuple(number(value) for value in values))
+    if settings.mode == "probe" and not settings.model_dir:
+        settings.model_dir = checkpoint_lib.run_directory(settings.checkpoint)
+    if settings.mode in ("embed", "predict"):
+        settings.dataset = settings.input
+        settings.train_split = settings.input_split
 
 
 def _inherited_values() -> dict[str, Any]:
@@ -933,25 +1048,17 @@ def _wait_for_run(directory: str) -> None:
 def _check(settings: Settings) -> None:
     """Raises ValueError for flags that contradict each other."""
     finetune = settings.train_mode == "finetune"
+    if settings.preset in methods.EVALUATION_PRESETS and not finetune:
+        raise ValueError(
+            f"--preset={settings.preset} is of --train_mode=finetune."
+        )
     if not finetune and settings.fine_tune_after_block != -1:
         raise ValueError(
             "--fine_tune_after_block freezes layers, which pretraining does "
             "not support. Received: --train_mode=pretrain "
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
-    needs_checkpoint = settings.mode == "probe" or (
-        finetune and settings.mode != "eval"
-    )
-    given = settings.checkpoint
-    if needs_checkpoint and (
-        not given or given == _FROM_SCRATCH and not finetune
-    ):
-        raise ValueError(
-            "--checkpoint must name the pretrained run; to train from scratch, "
-            "give --checkpoint=none."
-            if finetune
-            else "--mode=probe needs --checkpoint, the run to look at."
-        )
+    _check_inputs(settings)
     if settings.use_tpu and settings.cpu_replicas > 1:
         raise ValueError("--cpu_replicas is for runs without a TPU.")
     if settings.use_siglip and settings.objective != "siglip":
@@ -973,6 +1080,26 @@ def _check(settings: Settings) -> None:
         )
 
 
+def _check_inputs(settings: Settings) -> None:
+    """Raises ValueError where a mode lacks what it is to read or write."""
+    reads = settings.mode in ("probe", "embed", "predict")
+    given = settings.checkpoint
+    if reads and given in (None, "", _FROM_SCRATCH):
+        raise ValueError(
+            f"--mode={settings.mode} needs --checkpoint, the run to look at."
+        )
+    finetune = settings.train_mode == "finetune"
+    if finetune and not given and settings.mode != "eval":
+        raise ValueError(
+            "--checkpoint must name the pretrained run; to train from scratch, "
+            "give --checkpoint=none."
+        )
+    if settings.mode in ("embed", "predict") and not settings.input:
+        raise ValueError(f"--mode={settings.mode} needs --input, the images.")
+    if settings.mode == "embed" and not settings.output:
+        raise ValueError("--mode=embed needs --output, the file to write.")
+
+
 def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     """Returns a line for every given flag that does nothing in this run."""
     method = methods.METHODS[settings.objective]
@@ -980,6 +1107,10 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
         flag for row in methods.METHODS.values() for flag in _of_method(row)
     }
     reasons = dict(_WITHOUT_MEANING)
+    for modes, names in _OF_MODES.items():
+        if settings.mode not in modes:
+            of = f"it is of --mode={' and '.join(modes)}"
+            reasons |= dict.fromkeys(names, of)
     if settings.train_mode == "finetune":
         for name in (
             *of_methods,
@@ -987,6 +1118,8 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
             *experiment.AUGMENTATION_OVERRIDES,
         ):
             reasons[name] = "it is of pretraining"
+        if settings.preset in methods.PRESETS:
+            reasons["preset"] = "it is of pretraining"
     else:
         for name in _OF_FINETUNING:
             reasons[name] = "it is of fine-tuning"
@@ -1151,8 +1284,55 @@ def _train(run: Run) -> Callable[[], None]:
             lambda: bool(signals.received),
         )
         if evaluates:
-            run.evaluate(config.train_steps)
+            run_report.of_classifier(run, *run.evaluate(config.train_steps))
 
+    return work
+
+
+def _sweep(run: Run) -> Callable[[], None]:
+    """Prepares a choice of flags on held-out images, then training on all."""
+    settings = run.settings
+    rates = settings.sweep_learning_rate or (settings.learning_rate,)
+    epochs = settings.sweep_train_epochs or (settings.train_epochs,)
+    trials = {
+        f"rate_{rate:g}-epochs_{count}": {
+            "learning_rate": rate,
+            "train_epochs": count,
+        }
+        for rate, count in itertools.product(rates, epochs)
+    }
+
+    def prepare(name: str) -> tuple[Run, Callable[[], None]]:
+        directory = os.path.join(settings.model_dir, "sweep", name)
+        trial = run.held_out(directory, mode="train", **trials[name])
+        return trial, _train(trial)
+
+    def try_one(name: str) -> float:
+        trial, train = prepare(name)
+        logging.info("Sweep: %s", name)
+        try:
+            train()
+        except trainer.TrainingDiverged as error:
+            logging.warning("%s", error)
+            return 0.0
+        directory = trial.settings.model_dir
+        newest = checkpoint_lib.latest_checkpoint(directory)
+        trial.evaluate(checkpoint_lib.checkpoint_step(newest))
+        return reporting.read_result(directory)["top_1_accuracy"]
+
+    def work() -> None:
+        accuracies = {name: try_one(name) for name in trials}
+        best = max(accuracies, key=lambda name: accuracies[name])
+        logging.info("Sweep: held-out top-1 %s; %s.", accuracies, best)
+        reporting.write_json(
+            settings.model_dir,
+            "sweep.json",
+            {"held_out_top_1_accuracy": accuracies, "chosen": trials[best]},
+        )
+        run.choose("sweep", **trials[best])
+        _train(run)()
+
+    prepare(next(iter(trials)))  # before any compute: it looks at everything
     return work
 
 
@@ -1210,21 +1390,87 @@ def _check_classes(run: Run) -> None:
 def _probe(run: Run) -> Callable[[], None]:
     """Prepares the comparison of features with simple baselines."""
     settings = run.settings
-    encoders = {
-        "raw pixels": None,
-        "random encoder": model.encoder_of_images(run.networks),
-        "pretrained encoder": checkpoint_lib.load_encoder(
-            settings.checkpoint, target=settings.evaluate_target
-        ),
-    }
-    test_data = run.eval_data
+    options = probe.Options(
+        knn_k=settings.knn_k,
+        knn_temperature=settings.knn_temperature,
+        label_budgets=tuple(settings.label_budgets),
+        seeds=settings.probe_seeds,
+        max_train=settings.probe_max_train,
+    )
+    cache = settings.feature_cache or os.path.join(
+        settings.model_dir, "features"
+    )
+    with run.strategy.scope():
+        encoders = {
+            "raw pixels": None,
+            "random encoder": model.encoder_of_images(run.networks),
+            "pretrained encoder": checkpoint_lib.load_encoder(
+                settings.checkpoint, target=settings.evaluate_target
+            ),
+        }
+    probe.check_classes(run.train_data, run.eval_data)
 
     def work() -> None:
-        accuracies = probe.compare(
-            encoders, run.train_data, test_data, settings.image_size
+        results = probe.measure(
+            encoders,
+            run.train_data,
+            run.eval_data,
+            settings.image_size,
+            options,
+            cache=None if cache == _NOWHERE else cache,
+            **run.forward_options(),
         )
-        heading = f"{settings.dataset}, {test_data.num_examples} test images"
-        sys.stdout.write(probe.table(accuracies, heading) + "\n")
+        sys.stdout.write(probe.table(results) + "\n")
+        reporting.write_json(
+            settings.model_dir,
+            "probe.json",
+            results.record()
+            | {"checkpoint": settings.checkpoint, "flags": vars(settings)},
+        )
+        run_report.of_probe(run, results)
+
+    return work
+
+
+def _embed(run: Run) -> Callable[[], None]:
+    """Prepares embeddings of, or predictions for, the input's images."""
+    settings = run.settings
+    predicts = settings.mode == "predict"
+    if settings.output:
+        embed.check_output(
+            settings.output,
+            embed.PREDICTION_FORMATS if predicts else embed.EMBEDDING_FORMATS,
+        )
+    with run.strategy.scope():
+        if predicts:
+            network, classes = checkpoint_lib.load_classifier(
+                settings.checkpoint
+            )
+        else:
+            network = checkpoint_lib.load_encoder(
+                settings.checkpoint, target=settings.evaluate_target
+            )
+
+    def work() -> None:
+        outputs = features.compute_outputs(
+            network,
+            run.train_data,
+            settings.image_size,
+            **run.forward_options(),
+        )
+        images = run.train_data
+        if predicts:
+            missing = embed.write_predictions(
+                settings.output, images, outputs, classes, settings.top_k
+            )
+        else:
+            missing = embed.write_embeddings(settings.output, images, outputs)
+        logging.info(
+            "%d images written to %s, %d unreadable.",
+            len(outputs.ids),
+            settings.output or "standard output",
+            missing,
+        )
 
     return work
 

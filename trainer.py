@@ -77,6 +77,7 @@ class TrainConfig:
         fine_tune_after_block: -1 trains all, 0 freezes the stem, 4 all but
             the classifier.
         checkpoint_steps: steps between checkpoints.
+        checkpoint_minutes: minutes between them; if not 0, instead of steps.
         keep_checkpoint_max: older checkpoints are deleted.
         summary_steps: steps between TensorBoard points; 0: none.
         steps_per_loop: steps a call of the compiled loop; 0: as many as take
@@ -111,6 +112,7 @@ class TrainConfig:
     weight_decay: float
     fine_tune_after_block: int
     checkpoint_steps: int
+    checkpoint_minutes: float = 0.0
     keep_checkpoint_max: int
     summary_steps: int
     steps_per_loop: int
@@ -858,6 +860,7 @@ def train(
     )
     logging.info("Compiling the step (up to some minutes on a TPU) ...")
     pace = _Pace(config.steps_per_loop)
+    saved = time.monotonic()
     while step < config.train_steps:
         num_steps = min(pace.num_steps, _steps_to_save(config, step))
         started = time.monotonic()
@@ -867,10 +870,11 @@ def train(
         step += num_steps
         reporter.progress(step, loop.names, history, pace.seconds_a_step)
         stop = interrupted()
-        if stop or _steps_to_save(config, step - 1) == 1:
+        if stop or _is_due(config, step, time.monotonic() - saved):
             _check_finite_weights(networks, step)
             checkpoints.save(step)
             reporter.flush()
+            saved = time.monotonic()
         if stop and step < config.train_steps:
             raise Interrupted(f"Saved at step {step} of {config.train_steps}.")
     reporter.end()
@@ -878,8 +882,18 @@ def train(
 
 def _steps_to_save(config: TrainConfig, step: int) -> int:
     """Returns the number of steps from `step` to the next checkpoint."""
+    to_end = config.train_steps - step
+    if config.checkpoint_minutes:  # it is due when it is due
+        return to_end
     to_checkpoint = config.checkpoint_steps - step % config.checkpoint_steps
-    return min(to_checkpoint, config.train_steps - step)
+    return min(to_checkpoint, to_end)
+
+
+def _is_due(config: TrainConfig, step: int, seconds: float) -> bool:
+    """Whether to save after `step`, so many seconds after the last time."""
+    if config.checkpoint_minutes and seconds >= 60 * config.checkpoint_minutes:
+        return True
+    return _steps_to_save(config, step - 1) == 1
 
 
 class _Pace:
@@ -939,8 +953,8 @@ def evaluate(
     image_size: int,
     strategy: tf.distribute.Strategy,
     crop_proportion: float | None,
-) -> dict[str, float]:
-    """Returns top-1/top-5 accuracy and cross-entropy of the classifier.
+) -> tuple[dict[str, float], np.ndarray]:
+    """Measures top-1/top-5 accuracy and cross-entropy of the classifier.
 
     Args:
         networks: with a classifier.
@@ -951,10 +965,11 @@ def evaluate(
 
     Returns:
         `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and
-        `num_examples`.
+        `num_examples`; and, int64 `[num_examples, 3]`, each image's id, its
+        label and the class that was predicted.
     """
 
-    def replica_step(batch: Batch) -> tf.Tensor:
+    def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         images = data_util.eval_images(
             batch["image"], image_size, crop_proportion=crop_proportion
         )
@@ -969,23 +984,33 @@ def evaluate(
             tf.ones_like(loss),
         ]
         # Padding has weight 0.
-        return tf.linalg.matvec(tf.stack(columns), batch["weight"])
+        totals = tf.linalg.matvec(tf.stack(columns), batch["weight"])
+        known_id = tf.where(batch["weight"] > 0, batch["id"], -1)
+        rows = [known_id, batch["label"], tf.argmax(logits, -1)]
+        return totals, tf.stack([tf.cast(x, tf.int64) for x in rows], 1)
 
     @tf.function
-    def run(batch: Batch) -> tf.Tensor:
-        totals = strategy.run(replica_step, (batch,))
-        return strategy.reduce("SUM", totals, axis=None)
+    def run(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
+        totals, rows = strategy.run(replica_step, (batch,))
+        return (
+            strategy.reduce("SUM", totals, axis=None),
+            strategy.gather(rows, axis=0),
+        )
 
-    totals = np.zeros(4)
+    totals, rows = np.zeros(4), []
     for batch in stream:
-        totals += run(batch).numpy()
+        batch_totals, batch_rows = run(batch)
+        totals += batch_totals.numpy()
+        rows.append(batch_rows.numpy())
     top_1, top_5, loss, count = totals
-    return {
+    measured = {
         "top_1_accuracy": top_1 / count,
         "top_5_accuracy": top_5 / count,
         "loss": loss / count,
         "num_examples": int(count),
     }
+    predictions = np.concatenate(rows)
+    return measured, predictions[predictions[:, 0] >= 0]
 
 
 def freeze(config: TrainConfig, networks: model.Networks) -> None:

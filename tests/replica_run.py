@@ -141,6 +141,18 @@ def few_photo_patches():
     )
 
 
+def predictions(networks, dataset, strategy):
+    """What the classifier says of each image; the last batch is not full."""
+    stream = strategy.distribute_datasets_from_function(
+        lambda context: data.eval_stream(
+            dataset,
+            batch_size=_BATCH_SIZE,
+            num_replicas=context.num_replicas_in_sync,
+        )
+    )
+    return trainer.evaluate(networks, stream, 32, strategy, None)[1]
+
+
 def main(num_replicas, out_path, cases):
     strategy = devices.make_strategy(use_tpu=False, cpu_replicas=num_replicas)
     dataset, out = few_photo_patches(), {}
@@ -163,6 +175,8 @@ def main(num_replicas, out_path, cases):
         for path, variable in variables.items():
             out[f"{case}|{path}|0"] = variable.numpy()
         run = config(objective, optimizer)
+        if case == "simclr:momentum":
+            out["predictions"] = predictions(networks, dataset, strategy)
         with strategy.scope():
             optimizers = trainer.build_optimizers(run, networks)
         stream = strategy.distribute_datasets_from_function(

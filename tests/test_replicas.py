@@ -51,6 +51,14 @@ def runs(tmp_path_factory):
     return {1: one, 2: two, 4: _finish(*_start(4, folder, _CASES_OF_FOUR))}
 
 
+def test_replicas_predict_as_one_device(runs):
+    one, two = (runs[i]["predictions"] for i in (1, 2))
+    assert one.shape == (40, 3)
+    np.testing.assert_array_equal(one[:, 0], np.arange(40))
+    assert len(np.unique(one[:, 2])) > 1
+    np.testing.assert_array_equal(two[np.argsort(two[:, 0])], one)
+
+
 @pytest.mark.parametrize(
     ("num_replicas", "case"),
     [(2, case) for case in _CASES] + [(4, case) for case in _CASES_OF_FOUR],

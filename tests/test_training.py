@@ -181,6 +181,12 @@ def test_a_second_process_evaluates_until_training_is_done(killed, whole):
     assert got["num_examples"] == 2000
     assert got["global_step"] == _STEPS
     assert 0 < got["top_1_accuracy"] < got["top_5_accuracy"] <= 1
+    # It is in the report, too, which training ended with.
+    page = (whole / "report.html").read_text()
+    assert f"<b>{100 * got['top_1_accuracy']:.1f}</b>" in page
+    for title in ("Pretraining", "Map of embeddings", "Confusion"):
+        assert f"<h2>{title}</h2>" in page
+    assert "Left out" not in page
     events = event_accumulator.EventAccumulator(
         str(killed[0] / "eval"), {"tensors": 0}
     )
