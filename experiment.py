@@ -128,6 +128,8 @@ class Run:
     @functools.cached_property
     def networks(self) -> model.Networks:
         """With fresh weights, made in the strategy's scope."""
+        # Whatever was built before, as in a sweep.
+        keras.utils.set_random_seed(self.settings.seed)
         with self.strategy.scope():
             return model.build_networks(
                 self.architecture, remat=self.settings.remat
@@ -279,7 +281,6 @@ class Run:
         vars(other).pop("networks", None)
         other.train_data = data.subset(train_data, order[count:])
         other.eval_data = data.subset(train_data, order[:count])
-        keras.utils.set_random_seed(self.settings.seed)
         return other
 
     def distributed(
