@@ -5,18 +5,22 @@ A run directory (`model_dir`) holds `run.json`, which says what the run is
 (see `write_run`), and `ckpt-STEP` files, each the whole state of training.
 """
 
+import dataclasses
 import json
 import os
 from typing import Any
 
 import keras
+import safetensors.numpy
 import tensorflow as tf
 from absl import logging
 
 import model
 
 _RUN_FILE = "run.json"
-
+_SAVED_MODEL_VARIABLES = "variables/variables"
+_TENSORS = ".safetensors"
+_ARCHITECTURE = "architecture"  # in the metadata of a file of tensors
 
 # What TensorFlow raises for a truncated, damaged or half-deleted checkpoint.
 _DAMAGE = (tf.errors.OpError, IndexError, RuntimeError)
@@ -111,9 +115,12 @@ def _trackable(item: Any) -> Any:
 
     Keras itself numbers the layers, so that any new one would break all files.
     """
-    if isinstance(item, keras.layers.Layer):
-        return {variable.path: variable.value for variable in item.variables}
-    return item
+    return by_path(item) if isinstance(item, keras.layers.Layer) else item
+
+
+def by_path(network: keras.layers.Layer) -> dict[str, tf.Variable]:
+    """Returns a network's variables by names that outlive its layers."""
+    return {variable.path: variable.value for variable in network.variables}
 
 
 def latest_checkpoint(path: str) -> str:
@@ -122,8 +129,9 @@ def latest_checkpoint(path: str) -> str:
     Raises:
         ValueError: if there is none.
     """
-    if tf.io.gfile.exists(f"{path}.index"):
-        return path
+    for prefix in (path, os.path.join(path, _SAVED_MODEL_VARIABLES)):
+        if tf.io.gfile.exists(f"{prefix}.index"):
+            return prefix
     latest = tf.train.latest_checkpoint(path)
     if latest is None:
         what = (
@@ -203,10 +211,11 @@ def read_run(path: str) -> dict[str, Any] | None:
 def load_encoder(
     path: str, *, target: bool = False, **architecture: Any
 ) -> keras.Model:
-    """Returns the trained encoder of a run of this program.
+    """Returns the trained encoder of a run of this program, or of an export.
 
     Args:
-        path: a run directory or a checkpoint prefix in one.
+        path: a run directory, a checkpoint prefix in one, or one of the
+            exports `saved_model`, `networks.safetensors`, `encoder.keras`.
         target: whether the moving average of the encoder is meant.
         **architecture: fields of `model.Architecture` that replace those in
             the directory's `run.json`; all of them where it has none.
@@ -218,6 +227,10 @@ def load_encoder(
     Raises:
         ValueError: if there is no checkpoint, or it does not fit.
     """
+    if path.endswith(".keras"):
+        return keras.saving.load_model(path)
+    if path.endswith(_TENSORS):
+        return model.encoder_of_images(load_networks(path))
     run = read_run(path) or {"architecture": {}}
     fields = {**run["architecture"], **architecture}
     networks = model.build_networks(
@@ -226,3 +239,72 @@ def load_encoder(
     name = "target_encoder" if target else "encoder"
     restore_networks(path, **{name: networks.encoder})
     return model.encoder_of_images(networks)
+
+
+def load_networks(path: str, *, target: bool = False) -> model.Networks:
+    """Returns a run's encoder and heads, without what only pretraining uses.
+
+    Args:
+        path: as of `load_encoder`, without `encoder.keras`.
+        target: whether the moving averages are meant. The classifier, which
+            was trained on the others, is left out.
+
+    Raises:
+        ValueError: if there is nothing to read, or it does not fit.
+    """
+    if path.endswith(_TENSORS):
+        return _networks_of_tensors(path)
+    run = read_run(path)
+    if run is None:
+        raise ValueError(f"There is no {_RUN_FILE} at {path!r}.")
+    architecture = model.Architecture(**run["architecture"])
+    if target and not architecture.target_network:
+        raise ValueError(f"The run at {path!r} has no target network.")
+    networks = model.build_networks(architecture.without_pretraining())
+    if target:
+        networks = dataclasses.replace(networks, classifier=None)
+    of_target = "target_" if target else ""
+    parts = networks.models()
+    restore_networks(path, **{of_target + k: v for k, v in parts.items()})
+    return networks
+
+
+def save_tensors(networks: model.Networks, path: str) -> None:
+    """Writes networks, bit for bit, into a local `.safetensors` file."""
+    safetensors.numpy.save_file(
+        {
+            f"{name}/{path}": variable.numpy()
+            for name, network in networks.models().items()
+            for path, variable in by_path(network).items()
+        },
+        path,
+        {_ARCHITECTURE: json.dumps(dataclasses.asdict(networks.architecture))},
+    )
+
+
+def _networks_of_tensors(path: str) -> model.Networks:
+    """Returns what `save_tensors` wrote.
+
+    Raises:
+        ValueError: if the file is another's, or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"Cannot read {path!r}: {error}") from error
+    if _ARCHITECTURE not in metadata:
+        raise ValueError(f"{path!r} is not an export of this program.")
+    networks = model.build_networks(
+        model.Architecture(**json.loads(metadata[_ARCHITECTURE]))
+    )
+    for name, network in networks.models().items():
+        for variable_path, variable in by_path(network).items():
+            key = f"{name}/{variable_path}"
+            if key not in tensors:
+                raise ValueError(f"{path!r} has no tensor {key}.")
+            variable.assign(tensors.pop(key))
+    if tensors:
+        raise ValueError(f"{path!r} has tensors of no use: {sorted(tensors)}.")
+    return networks

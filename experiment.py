@@ -39,7 +39,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _IMAGENET_CROP_PROPORTION = 0.875
-_IMAGENET_SIZE = 224  # pixels
+DEFAULT_IMAGE_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
 # Flags that replace the value of an augmentation's preset.
@@ -200,7 +200,7 @@ class Run:
         """Takes what flags leave open from the data."""
         settings, size = self.settings, self.train_data.image_size
         if settings.image_size is None:
-            settings.image_size = min(size) if size else _IMAGENET_SIZE
+            settings.image_size = min(size) if size else DEFAULT_IMAGE_SIZE
         if size and settings.image_size > min(size):
             raise ValueError(
                 f"--image_size={settings.image_size} exceeds the images of "

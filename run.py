@@ -36,6 +36,7 @@ import checkpoint as checkpoint_lib
 import data
 import data_util
 import experiment
+import export
 import methods
 import model
 import objective
@@ -43,6 +44,7 @@ import probe
 import reporting
 import resnet
 import saliency
+import sources as sources_lib
 import trainer
 from experiment import Run, Settings
 
@@ -78,10 +80,11 @@ def _by_method(name: str) -> str:
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "train_then_eval", "probe"],
+    ["train", "eval", "train_then_eval", "probe", "export"],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
-    "--checkpoint's features with raw pixels and a random encoder.",
+    "--checkpoint's features with raw pixels and a random encoder; export: "
+    "write --checkpoint's networks in formats that other programs read.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -112,7 +115,11 @@ flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed; none: from scratch.",
+    "starts from, or which is probed or exported; none: from scratch.",
+)
+flags.DEFINE_list("format", list(export.FORMATS), "What to export to.")
+flags.DEFINE_string(
+    "export_dir", None, "Where exports go. Unset: export beside the checkpoint."
 )
 flags.DEFINE_integer(
     "seed",
@@ -399,8 +406,8 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "evaluate_target",
     False,
-    "Whether a checkpoint's target network is fine-tuned or probed, not the "
-    "online one.",
+    "Whether a checkpoint's target network is fine-tuned, probed or exported, "
+    "not the online one.",
 )
 
 # Labels that pretraining may see (SemPPL); unset: all that there are.
@@ -692,6 +699,14 @@ _OF_FINETUNING = (
     "zero_init_logits_layer",
     "train_on_labelled",
 )
+_OF_EXPORT = ("format", "export_dir")
+_MEANT_BY_EXPORT = {
+    *_OF_EXPORT,
+    "mode",
+    "checkpoint",
+    "image_size",
+    "evaluate_target",
+}
 # SimCLR's linear evaluation on CIFAR-10.
 _FINETUNE_DEFAULTS = {
     "optimizer": "momentum",
@@ -753,8 +768,11 @@ def main(argv: Sequence[str]) -> None:
         "probe": _probe,
     }
     try:
-        run = Run(*resolve_flags())
-        work = modes[run.settings.mode](run)
+        settings, origins = resolve_flags()
+        if settings.mode == "export":
+            work = _export(settings)
+        else:
+            work = modes[settings.mode](Run(settings, origins))
     except (ValueError, OSError, tf.errors.OpError) as error:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
@@ -767,6 +785,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _set_up_log() -> None:
     """Logs this program's lines with the time of day, not TensorFlow's."""
+    tf.get_logger().setLevel("WARNING")
     logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
@@ -861,7 +880,7 @@ def _inherited_values() -> dict[str, Any]:
             raise ValueError("--mode=eval needs --model_dir.")
         names, path = _INHERITED_BY_EVAL, FLAGS.model_dir
         _wait_for_run(path)
-    elif FLAGS.mode == "probe":
+    elif FLAGS.mode in ("probe", "export"):
         names, path = _INHERITED_BY_EVAL, FLAGS.checkpoint
     else:
         names, path = _INHERITED, FLAGS.checkpoint
@@ -886,18 +905,18 @@ def _check(settings: Settings) -> None:
             "not support. Received: --train_mode=pretrain "
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
-    needs_checkpoint = settings.mode == "probe" or (
-        finetune and settings.mode != "eval"
-    )
+    looks = settings.mode in ("probe", "export")
+    needs_checkpoint = looks or (finetune and settings.mode != "eval")
     given = settings.checkpoint
     if needs_checkpoint and (
-        not given or given == _FROM_SCRATCH and not finetune
+        not given or given == _FROM_SCRATCH and (looks or not finetune)
     ):
         raise ValueError(
             "--checkpoint must name the pretrained run; to train from scratch, "
             "give --checkpoint=none."
-            if finetune
-            else "--mode=probe needs --checkpoint, the run to look at."
+            if not looks
+            else f"--mode={settings.mode} needs --checkpoint, the run to look "
+            "at."
         )
     if settings.use_tpu and settings.cpu_replicas > 1:
         raise ValueError("--cpu_replicas is for runs without a TPU.")
@@ -922,11 +941,19 @@ def _check(settings: Settings) -> None:
 
 def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     """Returns a line for every given flag that does nothing in this run."""
+    if settings.mode == "export":
+        return [
+            f"--{name} has no effect: an export takes all from the checkpoint."
+            for name in _OWN_FLAGS
+            if sources[name] == "command line" and name not in _MEANT_BY_EXPORT
+        ]
     method = methods.METHODS[settings.objective]
     of_methods = {
         flag for row in methods.METHODS.values() for flag in _of_method(row)
     }
-    reasons = dict(_WITHOUT_MEANING)
+    reasons = _WITHOUT_MEANING | {
+        name: "it is of --mode=export" for name in _OF_EXPORT
+    }
     if settings.train_mode == "finetune":
         for name in (
             *of_methods,
@@ -1169,6 +1196,40 @@ def _probe(run: Run) -> Callable[[], None]:
         )
         heading = f"{settings.dataset}, {test_data.num_examples} test images"
         sys.stdout.write(probe.table(accuracies, heading) + "\n")
+
+    return work
+
+
+def _export(settings: Settings) -> Callable[[], None]:
+    """Prepares writing a checkpoint's networks for other programs."""
+    run = checkpoint_lib.read_run(settings.checkpoint) or {}
+    networks = checkpoint_lib.load_networks(
+        settings.checkpoint, target=settings.evaluate_target
+    )
+    size = settings.image_size or experiment.DEFAULT_IMAGE_SIZE
+    channels = networks.architecture.channels
+    pictures = [p.resize((size, size)) for p in sources_lib.pictures()]
+    images = np.stack([np.asarray(p, np.float32) / 255 for p in pictures])
+    images = images[..., np.arange(channels) % images.shape[-1]]
+    directory = settings.export_dir or os.path.join(
+        checkpoint_lib.run_directory(settings.checkpoint), "export"
+    )
+    about = {
+        "checkpoint": checkpoint_lib.latest_checkpoint(settings.checkpoint),
+        "target": settings.evaluate_target,
+        "objective": settings.objective,
+        "train_mode": settings.train_mode,
+        "commit": run.get("commit"),
+    }
+
+    def work() -> None:
+        results = export.write(
+            networks, directory, settings.format, images, about
+        )["formats"]
+        sys.stdout.write(export.table(results) + "\n")
+        refused = [name for name in results if "refused" in results[name]]
+        if refused:
+            _exit(_EXIT_USAGE, f"Error: not written: {', '.join(refused)}.")
 
     return work
 

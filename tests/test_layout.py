@@ -24,6 +24,8 @@ _MAY_IMPORT = {
     "published": {"model", "resnet"},
     "checkpoint": {"model", "published", "resnet", "unpickling"},
     "probe": {"data", "data_util", "checkpoint"},
+    "readers": set(),
+    "export": {"checkpoint", "model", "published", "readers", "resnet"},
     "methods": {"objective"},
     "trainer": {
         "checkpoint",
@@ -54,6 +56,7 @@ _MAY_IMPORT = {
         "data",
         "data_util",
         "experiment",
+        "export",
         "methods",
         "model",
         "objective",
@@ -61,6 +64,7 @@ _MAY_IMPORT = {
         "reporting",
         "resnet",
         "saliency",
+        "sources",
         "trainer",
     },
 }
