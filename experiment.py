@@ -36,10 +36,8 @@ import trainer
 Settings = types.SimpleNamespace  # the flags in force, by name
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 _IMAGENET_CROP_PROPORTION = 0.875
-DEFAULT_IMAGE_SIZE = 224  # pixels
+_IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
 # Flags that replace the value of an augmentation's preset.
@@ -200,7 +198,7 @@ class Run:
         """Takes what flags leave open from the data."""
         settings, size = self.settings, self.train_data.image_size
         if settings.image_size is None:
-            settings.image_size = min(size) if size else DEFAULT_IMAGE_SIZE
+            settings.image_size = min(size) if size else _IMAGENET_SIZE
         if size and settings.image_size > min(size):
             raise ValueError(
                 f"--image_size={settings.image_size} exceeds the images of "
@@ -353,7 +351,7 @@ def make_architecture(
             f"{settings.train_split} has none."
         )
     normalize = settings.normalize == "imagenet"
-    if normalize and settings.channels != len(_IMAGENET_MEAN):
+    if normalize and settings.channels != len(model.IMAGENET_MEAN):
         raise ValueError(
             "--normalize=imagenet is of 3 channels. "
             f"Received images of {settings.channels}."
@@ -365,8 +363,8 @@ def make_architecture(
     }
     values |= {
         "num_classes": num_classes if needs_classifier else 0,
-        "image_mean": _IMAGENET_MEAN if normalize else (),
-        "image_std": _IMAGENET_STD if normalize else (),
+        "image_mean": model.IMAGENET_MEAN if normalize else (),
+        "image_std": model.IMAGENET_STD if normalize else (),
     }
     if finetune and settings.ft_proj_selector == 0:
         values["proj_head_mode"] = "none"
@@ -382,6 +380,24 @@ def make_architecture(
     if pretrains and settings.objective == "semppl":
         values["queue_shape"] = settings.num_large_views, settings.queue_size
     return model.Architecture(**values)
+
+
+def encoder_flags(architecture: model.Architecture) -> dict[str, Any]:
+    """Returns the flags that make an encoder like another program's."""
+    names = (
+        "encoder", "resnet_depth", "width_multiplier", "stem", "padding",
+        "shortcuts", "preactivation", "base_filters", "sk_ratio", "se_ratio",
+        "channels",
+    )  # fmt: skip
+    return {name: getattr(architecture, name) for name in names} | {
+        "normalize": "imagenet" if architecture.image_mean else "none"
+    }
+
+
+def usual_image_size(architecture: model.Architecture) -> int:
+    """Returns the side, in pixels, of the images that a stem is made for."""
+    is_small = architecture.stem == "cifar"
+    return _LARGEST_SMALL_IMAGE if is_small else _IMAGENET_SIZE
 
 
 def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:

@@ -441,8 +441,8 @@ def _write_safetensors(networks: model.Networks, directory: str) -> None:
 
 def _write_torchvision(networks: model.Networks, directory: str) -> None:
     """Writes a state dictionary, which `load_state_dict` takes as strict."""
-    _check_torchvision(networks)
     architecture = networks.architecture
+    _check_torchvision(architecture)
     weights = {
         published.torchvision_name(path): published.torchvision_layout(
             value.numpy()
@@ -462,16 +462,10 @@ def _write_torchvision(networks: model.Networks, directory: str) -> None:
             "classifier on top of that."
         )
     weights = {k: np.ascontiguousarray(v) for k, v in weights.items()}
+    layers, is_bottleneck = resnet.ARCHITECTURES[architecture.resnet_depth]
     about = {
-        "block": "Bottleneck" if _is_bottleneck(networks) else "BasicBlock",
-        "layers": [
-            sum(
-                f"block_group{group}_block" in layer.name
-                and layer.name.endswith("_conv1")
-                for layer in networks.encoder.layers
-            )
-            for group in (1, 2, 3, 4)
-        ],
+        "block": "Bottleneck" if is_bottleneck else "BasicBlock",
+        "layers": layers,
         "stem": architecture.stem,
         "mean": list(architecture.image_mean),
         "std": list(architecture.image_std),
@@ -485,17 +479,12 @@ def _write_torchvision(networks: model.Networks, directory: str) -> None:
     _save_torch(weights, f"{path}.pth")
 
 
-def _is_bottleneck(networks: model.Networks) -> bool:
-    names = {layer.name for layer in networks.encoder.layers}
-    return "block_group1_block1_conv3" in names
-
-
-def _check_torchvision(networks: model.Networks) -> None:
+def _check_torchvision(architecture: model.Architecture) -> None:
     """Raises CannotExport, with the reason, for what torchvision has not."""
-    architecture = networks.architecture
     if architecture.encoder != "resnet":
         raise CannotExport(f"{architecture.encoder} is no ResNet")
     has_pool = architecture.stem == "imagenet"
+    is_bottleneck = resnet.ARCHITECTURES[architecture.resnet_depth][1]
     reasons = {
         "torchvision has no selective kernels": architecture.sk_ratio > 0,
         "torchvision's ResNets have no squeeze-and-excitation": (
@@ -518,7 +507,7 @@ def _check_torchvision(networks: model.Networks) -> None:
         ),
         "torchvision has no projection in the first group's shortcut; train "
         "with --shortcuts=needed": (
-            architecture.shortcuts == "always" and not _is_bottleneck(networks)
+            architecture.shortcuts == "always" and not is_bottleneck
         ),
     }
     for reason, applies in reasons.items():

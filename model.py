@@ -14,6 +14,9 @@ ENCODERS = ("resnet", "efficientnet_v2_s")
 SIMCLR_MODES = ("none", "linear", "nonlinear")
 PROJECTION_MODES = (*SIMCLR_MODES, "mlp")
 MLP_NORMS = ("none", "hidden", "all")
+# What most published encoders expect images in [0, 1] to be normalised by.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Not one instance for all: an initializer draws the same numbers every time.
 _normal = functools.partial(keras.initializers.RandomNormal, stddev=0.01)

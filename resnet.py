@@ -28,7 +28,7 @@ ENDPOINTS = (
 _MIN_FILTERS = 8
 _MIN_SK_FILTERS = 32
 # depth: (blocks in each of the four groups, whether they are bottlenecks)
-_ARCHITECTURES = {
+ARCHITECTURES = {
     10: ((1, 1, 1, 1), False),
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
@@ -37,7 +37,7 @@ _ARCHITECTURES = {
     152: ((3, 8, 36, 3), True),
     200: ((3, 24, 36, 3), True),
 }
-DEPTHS = tuple(_ARCHITECTURES)
+DEPTHS = tuple(ARCHITECTURES)
 
 
 @keras.saving.register_keras_serializable(package="resnet")
@@ -591,7 +591,7 @@ def resnet(
             f"excitation and torch's padding. Received: sk_ratio={sk_ratio}, "
             f"se_ratio={se_ratio}, padding={padding!r}."
         )
-    blocks_per_group, bottleneck = _ARCHITECTURES[depth]
+    blocks_per_group, bottleneck = ARCHITECTURES[depth]
     builder = _Builder(
         norm=functools.partial(
             GlobalBatchNorm,

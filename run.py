@@ -115,7 +115,8 @@ flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed or exported; none: from scratch.",
+    "starts from, or which is probed or exported; or weights of another "
+    "program, see README; none: from scratch.",
 )
 flags.DEFINE_list("format", list(export.FORMATS), "What to export to.")
 flags.DEFINE_string(
@@ -884,8 +885,21 @@ def _inherited_values() -> dict[str, Any]:
         names, path = _INHERITED_BY_EVAL, FLAGS.checkpoint
     else:
         names, path = _INHERITED, FLAGS.checkpoint
-    run = checkpoint_lib.read_run(path) if path else None
-    values = run["flags"] if run else {}
+    values: dict[str, Any] = {}
+    if path and path != _FROM_SCRATCH:
+        foreign = checkpoint_lib.read_published(
+            path, target=FLAGS.evaluate_target
+        )
+        run = checkpoint_lib.read_run(path)
+        if foreign:
+            values = experiment.encoder_flags(foreign.architecture)
+        elif run and "flags" in run:
+            values = run["flags"]
+        elif run:  # an export
+            architecture = model.Architecture(**run["architecture"])
+            values = run["architecture"] | experiment.encoder_flags(
+                architecture
+            )
     return {name: values[name] for name in names if name in values}
 
 
@@ -1073,13 +1087,10 @@ def _train(run: Run) -> Callable[[], None]:
         )
     run.write(config)
     if settings.checkpoint and not checkpoints.latest:
-        of_target = "target_" if settings.evaluate_target else ""
-        checkpoint_lib.restore_networks(
+        checkpoint_lib.restore_pretrained(
             settings.checkpoint,
-            **{
-                f"{of_target}encoder": run.networks.encoder,
-                f"{of_target}projection": run.networks.projection,
-            },
+            run.networks,
+            target=settings.evaluate_target,
         )
         run.networks.reset_target()
     labelled_per_batch = round(
@@ -1202,23 +1213,26 @@ def _probe(run: Run) -> Callable[[], None]:
 
 def _export(settings: Settings) -> Callable[[], None]:
     """Prepares writing a checkpoint's networks for other programs."""
-    run = checkpoint_lib.read_run(settings.checkpoint) or {}
+    path = settings.checkpoint
     networks = checkpoint_lib.load_networks(
-        settings.checkpoint, target=settings.evaluate_target
+        path, target=settings.evaluate_target
     )
-    size = settings.image_size or experiment.DEFAULT_IMAGE_SIZE
+    size = settings.image_size or experiment.usual_image_size(
+        networks.architecture
+    )
     channels = networks.architecture.channels
     pictures = [p.resize((size, size)) for p in sources_lib.pictures()]
     images = np.stack([np.asarray(p, np.float32) / 255 for p in pictures])
     images = images[..., np.arange(channels) % images.shape[-1]]
     directory = settings.export_dir or os.path.join(
-        checkpoint_lib.run_directory(settings.checkpoint), "export"
+        checkpoint_lib.run_directory(path), "export"
     )
+    run = checkpoint_lib.read_run(path) or {}
     about = {
-        "checkpoint": checkpoint_lib.latest_checkpoint(settings.checkpoint),
+        "checkpoint": path,
         "target": settings.evaluate_target,
-        "objective": settings.objective,
-        "train_mode": settings.train_mode,
+        "objective": run.get("flags", {}).get("objective"),
+        "train_mode": run.get("flags", {}).get("train_mode"),
         "commit": run.get("commit"),
     }
 

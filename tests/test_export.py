@@ -379,7 +379,7 @@ def test_a_run_without_a_target_says_so(tmp_path):
         checkpoint.load_networks(str(tmp_path), target=True)
 
 
-@pytest.mark.parametrize("what", ["foreign", "damaged", "short", "long"])
+@pytest.mark.parametrize("what", ["foreign", "damaged", "short"])
 def test_other_files_of_tensors_are_refused(tmp_path, what):
     networks = _networks()
     path = str(tmp_path / "networks.safetensors")
@@ -389,18 +389,15 @@ def test_other_files_of_tensors_are_refused(tmp_path, what):
     fields = json.dumps(dataclasses.asdict(networks.architecture))
     if what == "foreign":
         save(tensors, path)
-        reason = "not an export of this program"
+        reason = "networks.safetensors"
     elif what == "damaged":
         with open(path, "r+b") as file:
             file.truncate(1000)
         reason = "Cannot read"
-    elif what == "short":
+    else:
         del tensors["encoder/initial_conv/kernel"]
         save(tensors, path, {"architecture": fields})
-        reason = "no tensor encoder/initial_conv/kernel"
-    else:
-        save(tensors | {"x": np.zeros(1)}, path, {"architecture": fields})
-        reason = "of no use.*x"
+        reason = "encoder/initial_conv/kernel is .* here, none there"
     with pytest.raises(ValueError, match=reason):
         checkpoint.load_encoder(path)
 
