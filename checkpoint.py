@@ -10,11 +10,11 @@ import dataclasses
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import keras
-import safetensors
 import safetensors.numpy
 import tensorflow as tf
 from absl import logging
@@ -25,13 +25,14 @@ import published
 import unpickling
 
 _RUN_FILE = "run.json"
-_TENSORS = ".safetensors"
-_ARCHITECTURE = "architecture"  # in the metadata of our files of tensors
+_CARD = "export.json"
+_ARCHITECTURE = "architecture"  # in the metadata of an export
 _VARIABLES = os.path.join("variables", "variables")  # in a SavedModel
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 # Where the variables of SimCLR's TensorFlow 2 encoder are among its objects.
 # Keras adds other ways to the same variables.
 _SIMCLR_ENCODER = "resnet_model"
+_SIMCLR_DEPTH = 9  # objects, one in another
 _SIMCLR_OBJECTS = re.compile(
     r"\d+|initial_conv_relu_max_pool|block_groups|layers|conv2d_bn_layers"
     r"|conv_relu_dropblock_layers|projection_layers|shortcut_layers|se_layer"
@@ -172,20 +173,17 @@ def restore_networks(path: str, **networks: keras.Model) -> str:
     """Restores the named networks, and nothing else, from a checkpoint.
 
     Args:
-        path: a run directory (its newest checkpoint), a file prefix, or one of
-            the exports `saved_model` and `networks.safetensors`.
+        path: a run directory (its newest checkpoint), a file prefix, or an
+            exported SavedModel.
         **networks: keras models by their name in the checkpoint.
 
     Returns:
-        The prefix or file that was read.
+        The prefix that was read.
 
     Raises:
         ValueError: if a variable of `networks` is missing in the file or has
             another shape there.
     """
-    if _exported_architecture(path):
-        _restore_tensors(path, networks)
-        return path
     prefix = latest_checkpoint(path)
     try:
         trackables = {k: _trackable(v) for k, v in networks.items()}
@@ -223,12 +221,9 @@ def run_directory(path: str) -> str:
 def read_run(path: str) -> dict[str, Any] | None:
     """Returns the `run.json` of a run directory or checkpoint prefix.
 
-    Of an export, it is no more than the architecture. Returns None where there
-    is no such file.
+    That of an exported SavedModel holds the architecture alone. Returns None
+    where there is no such file.
     """
-    exported = _exported_architecture(path)
-    if exported:
-        return {"architecture": exported}
     file_name = os.path.join(run_directory(path), _RUN_FILE)
     if not tf.io.gfile.exists(file_name):
         return None
@@ -286,8 +281,12 @@ def load_networks(path: str, *, target: bool = False) -> model.Networks:
     Raises:
         ValueError: if there is nothing to read, or it does not fit.
     """
-    foreign = read_published(path, target=target)
-    if foreign:
+    tensors, about = _tensors(path)
+    if tensors is not None and _ARCHITECTURE in about and not target:
+        fields = json.loads(about[_ARCHITECTURE])
+        return _networks_of_export(tensors, model.Architecture(**fields))
+    if tensors is not None:
+        foreign = _identify(path, tensors, about, target)
         networks = model.build_networks(foreign.architecture)
         foreign.assign_to(networks.encoder)
         return networks
@@ -317,31 +316,26 @@ def save_tensors(networks: model.Networks, path: str) -> None:
     safetensors.numpy.save_file(tensors, path, {_ARCHITECTURE: architecture})
 
 
-def _exported_architecture(path: str) -> dict[str, Any] | None:
-    """Returns what a file of `save_tensors` says of itself; else None."""
-    if not path.endswith(_TENSORS) or not tf.io.gfile.exists(path):
-        return None
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            text = (file.metadata() or {}).get(_ARCHITECTURE)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"Cannot read {path}: {error}") from error
-    return json.loads(text) if text else None
+def _networks_of_export(
+    tensors: published.Tensors, architecture: model.Architecture
+) -> model.Networks:
+    """Returns what `save_tensors` wrote.
 
-
-def _restore_tensors(path: str, networks: dict[str, keras.Model]) -> None:
-    """Restores networks by name from a file of `save_tensors`."""
-    tensors = safetensors.numpy.load_file(path)
-    for name, network in networks.items():
-        for variable, value in by_path(network).items():
-            tensor = tensors.get(f"{name}/{variable}")
-            if tensor is None or tensor.shape != value.shape:
+    Raises:
+        ValueError: if a tensor is missing or of another shape.
+    """
+    networks = model.build_networks(architecture)
+    for name, network in networks.models().items():
+        for path, variable in by_path(network).items():
+            tensor = tensors.get(f"{name}/{path}")
+            if tensor is None or tensor.shape != variable.shape:
                 there = "none" if tensor is None else tensor.shape
                 raise ValueError(
-                    f"{path} does not fit the networks: {name}/{variable} is "
-                    f"{value.shape} here, {there} there."
+                    f"{name}/{path} is {variable.shape} in the networks, "
+                    f"{there} in the file."
                 )
-            value.assign(tensor)
+            variable.assign(tensor)
+    return networks
 
 
 def restore_pretrained(
@@ -382,7 +376,8 @@ def read_published(
     """Returns the encoder in a file of another program.
 
     Read are pickles of DeepMind's programs, files of torch, `.safetensors`,
-    TensorFlow checkpoints and SavedModels; see `published.identify`.
+    TensorFlow checkpoints and SavedModels, see `published.identify`; and this
+    program's exports as `.safetensors`.
 
     Args:
         path: a file, a TensorFlow checkpoint's prefix or directory, or a
@@ -397,61 +392,91 @@ def read_published(
         ValueError: if the file cannot be read, or holds no encoder that is
             known.
     """
-    tensors = _tensors(path)
+    tensors, about = _tensors(path)
     if tensors is None:
         return None
+    return _identify(path, tensors, about, target, **architecture)
+
+
+def _identify(
+    path: str,
+    tensors: published.Tensors,
+    about: dict[str, str],
+    target: bool,
+    **architecture: Any,
+) -> published.Published:
+    """Returns the encoder among the tensors of a file."""
     try:
-        found = published.identify(tensors, target=target, **architecture)
-    except ValueError as error:
+        if _ARCHITECTURE in about:
+            if target:
+                raise ValueError("An export has no target network.")
+            fields = json.loads(about[_ARCHITECTURE]) | architecture
+            return published.of_export(tensors, **fields)
+        fields = _of_card(path) | architecture
+        return published.identify(tensors, target=target, **fields)
+    except (TypeError, ValueError) as error:  # TypeError: an unknown field
         raise ValueError(f"{path}: {error}") from error
-    logging.info(
-        "%s: %s, ResNet-%d, %d tensors. Not read, as they are of other "
-        "networks: %s.",
-        path,
-        found.source,
-        found.architecture.resnet_depth,
-        len(found.weights),
-        f"{len(found.unread)}, such as {found.unread[0]}"
-        if found.unread
-        else "none",
-    )
-    return found
 
 
-def _tensors(path: str) -> published.Tensors | None:
-    """Returns the tensors of another program's file, by name; or None."""
-    if path.endswith(".keras") or _exported_architecture(path):
-        return None
+def _of_card(path: str) -> dict[str, Any]:
+    """Returns what the card beside an export says of its normalisation."""
+    card = os.path.join(run_directory(path), _CARD)
+    if not tf.io.gfile.exists(card):
+        return {}
+    with tf.io.gfile.GFile(card) as file:
+        fields = json.load(file)["architecture"]
+    return {name: fields[name] for name in ("image_mean", "image_std")}
+
+
+def _tensors(
+    path: str,
+) -> tuple[published.Tensors | None, dict[str, str]]:
+    """Returns the tensors of another program's file and what it says of them.
+
+    None instead of tensors where the file is of a run of this program.
+    """
     if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
         return _tensors_of_file(path)
     saved_model = os.path.join(path, _VARIABLES)
     if tf.io.gfile.exists(f"{saved_model}.index"):
-        return _tensors_of_checkpoint(saved_model)
-    if read_run(path) is not None:
-        return None
+        return _tensors_of_checkpoint(saved_model), {}
+    if tf.io.gfile.isdir(path) and read_run(path) is not None:
+        return None, {}
     try:
-        return _tensors_of_checkpoint(latest_checkpoint(path))
+        return _tensors_of_checkpoint(latest_checkpoint(path)), {}
     except ValueError:
-        return None  # and the reader of own runs says what is the matter
+        return None, {}  # the reader of own runs says what is the matter
 
 
-def _tensors_of_file(path: str) -> published.Tensors:
-    """Returns the tensors of a file; its first bytes say what it is."""
+def _tensors_of_file(
+    path: str,
+) -> tuple[published.Tensors | None, dict[str, str]]:
+    """Returns the same of a file, whose first bytes say of what kind it is."""
+    if "://" in path:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = os.path.join(folder, os.path.basename(path))
+            tf.io.gfile.copy(path, copy)
+            return _tensors_of_file(copy)
+    if path.endswith(".keras"):
+        return None, {}
     with open(path, "rb") as file:
         head = file.read(9)
     if head.startswith(b"PK"):
-        return unpickling.read_torch(path)
+        return unpickling.read_torch(path), {}
     if head.startswith(b"\x80"):
-        return unpickling.read_pickle(path)
-    if head.endswith(b"{"):  # after eight bytes of its length
-        try:
-            return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"Cannot read {path}: {error}") from error
-    raise ValueError(
-        f"{path} is neither a pickle (protocol 2 or later), nor a file of "
-        "torch.save, nor .safetensors."
-    )
+        return unpickling.read_pickle(path), {}
+    if not head.endswith(b"{"):  # after eight bytes of its length
+        raise ValueError(
+            f"{path} is neither a pickle (protocol 2 or later), nor a file of "
+            "torch.save, nor .safetensors."
+        )
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            return tensors, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"Cannot read {path}: {error}") from error
 
 
 def _tensors_of_checkpoint(prefix: str) -> published.Tensors | None:
@@ -470,10 +495,8 @@ def _simclr_variables(serialized: bytes) -> Iterator[tuple[str, str]]:
     """Yields place and key of each variable of a SimCLR encoder.
 
     In a SavedModel keys are named after a list of all variables, so that only
-    the graph of objects says which is which.
-
-    Raises:
-        ValueError: if the encoder has a variable that the walk does not find.
+    the graph of objects says which is which. What is below the encoder but is
+    no object that SimCLR has comes by its key.
     """
     nodes = trackable_object_graph_pb2.TrackableObjectGraph.FromString(
         serialized
@@ -483,14 +506,23 @@ def _simclr_variables(serialized: bytes) -> Iterator[tuple[str, str]]:
         for attribute in nodes[index].attributes:
             yield place, attribute.checkpoint_key
         for child in nodes[index].children:
-            if _SIMCLR_OBJECTS.fullmatch(child.local_name):
+            is_known = _SIMCLR_OBJECTS.fullmatch(child.local_name)
+            if is_known and place.count("/") < _SIMCLR_DEPTH:
                 yield from walk(child.node_id, f"{place}/{child.local_name}")
 
-    encoders = {
+    for encoder in {
         child.node_id
         for node in nodes
         for child in node.children
         if child.local_name == _SIMCLR_ENCODER
-    }
-    for encoder in encoders:
-        yield from walk(encoder, _SIMCLR_ENCODER)
+    }:
+        places = dict(walk(encoder, _SIMCLR_ENCODER))
+        yield from places.items()
+        below, waiting = {encoder}, [encoder]
+        while waiting:
+            children = {c.node_id for c in nodes[waiting.pop()].children}
+            waiting += children - below
+            below |= children
+        keys = {a.checkpoint_key for i in below for a in nodes[i].attributes}
+        for key in keys - set(places.values()):
+            yield f"{_SIMCLR_ENCODER}/{key}", key

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 import model
 import resnet
@@ -23,6 +24,7 @@ Tensors = Mapping[str, np.ndarray]
 _PATH = re.compile(r"(?:block_group(\d)_block(\d+)_)?(\w+)/(\w+)")
 _MOST_BLOCKS = 36  # of a group
 _LISTED = 20  # tensors, in an error
+_NAMED = 3  # in the log
 _CONVS = tuple(f"conv{i}" for i in (1, 2, 3))
 _BNS = tuple(f"bn{i}" for i in (1, 2, 3))
 _BN_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -85,6 +87,10 @@ _SIMCLR_FIRST = (
 class Published:
     """An encoder's weights, and what it is.
 
+    Raises:
+        ValueError: if a variable of such an encoder has another shape than its
+            tensor, or either is missing.
+
     Attributes:
         source: the program that its names are of.
         architecture: with no heads.
@@ -97,20 +103,45 @@ class Published:
     weights: dict[str, np.ndarray]
     unread: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        # Before any memory is taken for a network of that size.
+        self._check(_shapes(self.architecture))
+
     def assign_to(self, encoder: Any) -> None:
         """Gives an encoder of this architecture the weights.
 
         Raises:
-            ValueError: if a variable has another shape than its tensor, or
-                either is missing.
+            ValueError: if it is of another.
         """
-        _check_homes(
-            self.source,
-            {variable.path: variable.shape for variable in encoder.variables},
-            self.weights,
-        )
+        self._check({v.path: v.shape for v in encoder.variables})
         for variable in encoder.variables:
             variable.assign(self.weights[variable.path])
+        logging.info(
+            "Loaded %d tensors of %s. Not read, as of other networks: %s.",
+            len(self.weights),
+            self.source,
+            ", ".join(
+                [*self.unread[:_NAMED], f"{len(self.unread)} in all"]
+                if self.unread
+                else ["none"]
+            ),
+        )
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ValueError unless variables and tensors are the same."""
+        own = {path: array.shape for path, array in self.weights.items()}
+        problems = [
+            f"\n  {path}: {own.get(path, 'none')} in the file, "
+            f"{shapes.get(path, 'none')} here"
+            for path in sorted({*shapes, *own})
+            if own.get(path) != shapes.get(path)
+        ]
+        if problems:
+            raise ValueError(
+                f"{len(problems)} tensors of {self.source} do not fit:"
+                + "".join(problems[:_LISTED])
+                + ("\n  ..." if len(problems) > _LISTED else "")
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,17 +198,41 @@ def identify(
             + _listing(found.homeless, tensors)
         )
     fields = _architecture(found.weights) | found.conventions | architecture
-    published = Published(
+    return Published(
         source=found.source,
         architecture=model.Architecture(**fields),
         weights=found.weights,
         unread=tuple(sorted(found.unread)),
     )
-    # Before any memory is taken for a network of that size.
-    _check_homes(
-        found.source, _shapes(published.architecture), published.weights
+
+
+def of_export(tensors: Tensors, **architecture: Any) -> Published:
+    """Returns the encoder among the tensors of an export of this program.
+
+    Args:
+        tensors: by `NETWORK/PATH`.
+        **architecture: all fields of `model.Architecture`.
+
+    Raises:
+        ValueError: if the tensors are not those of that architecture.
+    """
+    prefix = "encoder/"
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    without_heads = {
+        "proj_head_mode": "none", "ft_proj_selector": 0, "num_classes": 0
+    }  # fmt: skip
+    return Published(
+        source="this program",
+        architecture=model.Architecture(
+            **architecture | without_heads
+        ).without_pretraining(),
+        weights=weights,
+        unread=tuple(n for n in tensors if not n.startswith(prefix)),
     )
-    return published
 
 
 def torchvision_name(path: str) -> str:
@@ -577,24 +632,6 @@ def _shapes(architecture: model.Architecture) -> dict[str, tuple[int, ...]]:
     with tf.Graph().as_default():  # where variables are only described
         encoder = model.build_encoder(architecture)
     return {variable.path: variable.shape for variable in encoder.variables}
-
-
-def _check_homes(
-    source: str, shapes: Mapping[str, tuple[int, ...]], weights: Tensors
-) -> None:
-    """Raises ValueError unless variables and tensors are the same."""
-    problems = [
-        f"\n  {path}: {weights[path].shape if path in weights else 'none'} "
-        f"in the file, {shapes.get(path, 'none')} here"
-        for path in sorted({*shapes, *weights})
-        if path not in weights or weights[path].shape != shapes.get(path)
-    ]
-    if problems:
-        raise ValueError(
-            f"{len(problems)} tensors of {source} do not fit:"
-            + "".join(problems[:_LISTED])
-            + ("\n  ..." if len(problems) > _LISTED else "")
-        )
 
 
 def _listing(names: Iterable[str], tensors: Tensors) -> str:
