@@ -461,22 +461,23 @@ def _tensors_of_file(
         return None, {}
     with open(path, "rb") as file:
         head = file.read(9)
+    # Eight bytes of the header's length, which may start as a pickle does.
+    if head.endswith(b"\0\0\0{"):
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+                return tensors, file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"Cannot read {path}: {error}") from error
     if head.startswith(b"PK"):
         return unpickling.read_torch(path), {}
     if head.startswith(b"\x80"):
         return unpickling.read_pickle(path), {}
-    if not head.endswith(b"{"):  # after eight bytes of its length
-        raise ValueError(
-            f"{path} is neither a pickle (protocol 2 or later), nor a file of "
-            "torch.save, nor .safetensors."
-        )
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"Cannot read {path}: {error}") from error
+    raise ValueError(
+        f"{path} is neither a pickle (protocol 2 or later), nor a file of "
+        "torch.save, nor .safetensors."
+    )
 
 
 def _tensors_of_checkpoint(prefix: str) -> published.Tensors | None:
