@@ -296,9 +296,9 @@ def load_networks(path: str, *, target: bool = False) -> model.Networks:
     architecture = model.Architecture(**run["architecture"])
     if target and not architecture.target_network:
         raise ValueError(f"The run at {path!r} has no target network.")
-    networks = model.build_networks(architecture.without_pretraining())
     if target:
-        networks = dataclasses.replace(networks, classifier=None)
+        architecture = dataclasses.replace(architecture, num_classes=0)
+    networks = model.build_networks(architecture.without_pretraining())
     prefix = "target_" if target else ""
     parts = networks.models()
     restore_networks(path, **{prefix + name: parts[name] for name in parts})

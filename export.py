@@ -45,6 +45,16 @@ class CannotExport(ValueError):  # noqa: N818
     """A format cannot express the networks, or could not be written."""
 
 
+def check_formats(formats: Sequence[str]) -> None:
+    """Raises ValueError if a format is unknown, or there is none."""
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown or not formats:
+        raise ValueError(
+            f"Formats are {', '.join(FORMATS)}. "
+            f"Received: {', '.join(unknown) or 'none'}."
+        )
+
+
 def write(
     networks: model.Networks,
     directory: str,
@@ -70,14 +80,9 @@ def write(
         "refused", the reason, or "files" and what comparing them showed.
 
     Raises:
-        ValueError: if a format is unknown.
+        ValueError: as `check_formats`.
     """
-    unknown = sorted(set(formats) - set(FORMATS))
-    if unknown or not formats:
-        raise ValueError(
-            f"Formats are {', '.join(FORMATS)}. "
-            f"Received: {', '.join(unknown) or 'none'}."
-        )
+    check_formats(formats)
     _delete_export(directory)
     expected = _expected(networks, images)
     results = {}

@@ -1213,6 +1213,9 @@ def _probe(run: Run) -> Callable[[], None]:
 
 def _export(settings: Settings) -> Callable[[], None]:
     """Prepares writing a checkpoint's networks for other programs."""
+    export.check_formats(settings.format)
+    # Other runtimes compute in float32; a GPU would not, here.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     path = settings.checkpoint
     networks = checkpoint_lib.load_networks(
         path, target=settings.evaluate_target

@@ -370,6 +370,13 @@ def test_the_target_is_read_with_its_own_weights(tmp_path):
         ):
             np.testing.assert_array_equal(variable, copy)
     assert target.classifier is None
+    path = str(tmp_path / "networks.safetensors")
+    checkpoint.save_tensors(target, path)
+    read = checkpoint.load_networks(path)
+    np.testing.assert_array_equal(
+        target.features(_images(2), training=False),
+        read.features(_images(2), training=False),
+    )
 
 
 def test_a_run_without_a_target_says_so(tmp_path):
