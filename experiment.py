@@ -326,6 +326,9 @@ def _compare_runs(
             if before[part].get(name) != value
         ]
 
+    # Fields that runs of older versions do not name have their defaults.
+    old = dataclasses.asdict(model.Architecture(**before["architecture"]))
+    before = before | {"architecture": json.loads(json.dumps(old))}
     networks = differing("architecture")
     if before["flags"]["train_mode"] != now["flags"]["train_mode"]:
         networks.append("train_mode")

@@ -326,7 +326,9 @@ def _haiku(tensors: Tensors, target: bool) -> _Found | None:
     )
 
     def layout(path: str, tensor: np.ndarray) -> np.ndarray:
-        array = tensor[0] if has_devices else tensor
+        array = (
+            tensor[0] if has_devices and tensor.ndim and len(tensor) else tensor
+        )
         return array if path.endswith("kernel") else array.reshape(-1)
 
     return dataclasses.replace(
@@ -459,7 +461,7 @@ def _in_order(
     convs = [layer for layer in layers if "kernel" in layer]
     norms = [layer for layer in layers if "kernel" not in layer]
     sizes = "".join(
-        "e" if "bias" in layer else str(layer["kernel"].shape[0])
+        "e" if "bias" in layer else f"{(*layer['kernel'].shape, 0)[0]}"
         for layer in convs
     )
     for block in ("33", "131", "13111"):
@@ -568,9 +570,10 @@ def _architecture(weights: Tensors) -> dict[str, Any]:
     ]
 
     def shape(path: str) -> tuple[int, ...]:
-        if path not in weights or weights[path].ndim != 4:
-            raise ValueError(f"There is no kernel of {path}.")
-        return weights[path].shape
+        own = weights[path].shape if path in weights else ()
+        if len(own) != 4 or not all(own):
+            raise ValueError(f"There is no kernel {path}, but {own}.")
+        return own
 
     if not depths:
         raise ValueError(

@@ -16,7 +16,6 @@ import io
 import itertools
 import math
 import mmap
-import os
 import pickletools
 import re
 import zipfile
@@ -28,7 +27,7 @@ import numpy as np
 
 _MAX_OPCODES = 1_000_000  # a ResNet-200 with its optimizer has 100,000
 _MAX_DEPTH = 32
-_MAX_NODES = 1_000_000
+_MAX_NODES = 200_000
 _LEGACY_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _TORCH_DTYPES = {
     "DoubleStorage": np.float64,
@@ -70,16 +69,14 @@ def read_pickle(path: str) -> dict[str, np.ndarray]:
             damaged.
         OSError: if there is no such file.
     """
-    with open(path, "rb") as file, _only_value_errors(path):
-        # Reads of a map end where the file does, whatever size is asked for.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-            if stream[: len(_LEGACY_TORCH)] == _LEGACY_TORCH:
-                raise ValueError(
-                    "it is a torch file of the time before version 1.6. "
-                    "torch.save(torch.load(old), new) with a newer torch "
-                    "converts it."
-                )
-            return _arrays(_Machine(len(stream)).run(stream))
+    with _only_value_errors(path), _open(path) as stream:
+        if stream[: len(_LEGACY_TORCH)] == _LEGACY_TORCH:
+            raise ValueError(
+                "it is a torch file of the time before version 1.6. "
+                "torch.save(torch.load(old), new) with a newer torch converts "
+                "it."
+            )
+        return _arrays(_Machine(len(stream)).run(stream))
 
 
 def read_torch(path: str) -> dict[str, np.ndarray]:
@@ -96,8 +93,12 @@ def read_torch(path: str) -> dict[str, np.ndarray]:
             classes, where a state dictionary does not.
         OSError: if there is no such file.
     """
-    size = os.path.getsize(path)
-    with _only_value_errors(path), zipfile.ZipFile(path) as archive:
+    with (
+        _only_value_errors(path),
+        _open(path) as stream,
+        zipfile.ZipFile(stream) as archive,
+    ):
+        size = len(stream)
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, which torch's files are not.")
@@ -125,11 +126,28 @@ def read_torch(path: str) -> dict[str, np.ndarray]:
         return _arrays(_Machine(size, load).run(io.BytesIO(program)))
 
 
+class _Map(mmap.mmap):
+    """A file whose reads end where it ends, whatever size is asked for.
+
+    Python's own files take memory for all that is asked for.
+    """
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _open(path: str) -> Any:
+    with open(path, "rb") as file:
+        return _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 @contextlib.contextmanager
 def _only_value_errors(path: str) -> Iterator[None]:
     """Makes one kind of error of whatever is wrong with a file's content."""
     try:
         yield
+    except OSError:
+        raise
     except ValueError as error:
         raise ValueError(f"Cannot read {path}: {error}") from error
     except Exception as error:
@@ -179,7 +197,7 @@ def _arrays(tree: Any) -> dict[str, np.ndarray]:
         if items and len(keys) == _MAX_DEPTH:
             raise ValueError(f"it nests more than {_MAX_DEPTH} containers.")
         waiting += [((*keys, key), item) for key, item in items]
-    raise ValueError("its containers hold more than a million things.")
+    raise ValueError(f"its containers hold more than {_MAX_NODES} things.")
 
 
 class _Machine:
@@ -373,6 +391,7 @@ class _Machine:
 
 # Names of one thing in the versions of a library.
 _SAME_MODULES = {
+    r"^__builtin__$": "builtins",
     r"^numpy\._?core\.": "numpy.",
     r"^dill\._?dill$": "dill",
     r"^haiku\._src\.data_structures$": "haiku",
@@ -390,6 +409,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
     a copy of what is remembered could be asked for again and again.
     """
     return {
+        "builtins.bytes": lambda: b"",
         "numpy.dtype": _dtype,
         "numpy.multiarray._reconstruct": lambda *_: _Array(),
         "numpy.multiarray.scalar": lambda dtype, content: _Array(

@@ -2,6 +2,7 @@
 """Checkpoints survive damage, and refuse what does not fit."""
 
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 from replica_run import architecture
 
 import checkpoint
+import experiment
 import model
 
 
@@ -122,3 +124,17 @@ def test_run_json_round_trip_and_absence(tmp_path):
     checkpoint.write_run(str(tmp_path / "a"), {"x": [1, 2]})
     assert checkpoint.read_run(str(tmp_path / "a")) == {"x": [1, 2]}
     assert checkpoint.read_run(str(tmp_path / "a" / "ckpt-1")) == {"x": [1, 2]}
+
+
+def test_a_run_of_an_older_version_may_go_on():
+    now = json.loads(json.dumps(dataclasses.asdict(architecture("simclr"))))
+    older = {
+        k: v for k, v in now.items() if k not in ("shortcuts", "base_filters")
+    }
+    flags = {"flags": {"train_mode": "pretrain"}}
+    experiment._compare_runs(
+        "runs/x", {"architecture": older} | flags, {"architecture": now} | flags
+    )
+    other = {"architecture": older | {"padding": "same"}} | flags
+    with pytest.raises(ValueError, match="padding: same there"):
+        experiment._compare_runs("runs/x", other, {"architecture": now} | flags)

@@ -2,6 +2,7 @@
 """Tests of resnet.py. As a program: BatchNorm on several replicas."""
 
 import inspect
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -418,7 +419,9 @@ def test_any_image_size_goes_in(padding, sk_ratio):
         assert model(_random(2, *size, 3)).shape == (2, 64)
 
 
-@pytest.mark.parametrize(("padding", "first"), [("fixed", -3), ("same", -2)])
+@pytest.mark.parametrize(
+    ("padding", "first"), [("fixed", -3), ("same", -2), ("torch", -3)]
+)
 def test_padding_of_the_stem(padding, first):
     model = resnet.resnet(**TINY, channels=1, padding=padding)
     # A kernel that copies the top left pixel of its 7x7 window.
@@ -439,6 +442,26 @@ def test_padding_of_the_stem(padding, first):
 
 
 @pytest.mark.parametrize(
+    ("padding", "first"), [("fixed", 0), ("same", 0), ("torch", -1)]
+)
+def test_padding_of_the_max_pool(padding, first):
+    model = resnet.resnet(**TINY, padding=padding)
+    pooled = keras.Model(
+        model.get_layer("initial_relu").output,
+        model.get_layer("initial_max_pool").output,
+    )
+    image = np.random.default_rng(0).random((1, 8, 8, 8), np.float32)
+    outputs = pooled(image)
+    for i in range(4):
+        for j in range(4):
+            y, x = 2 * i + first, 2 * j + first
+            window = image[:, max(y, 0) : y + 3, max(x, 0) : x + 3]
+            np.testing.assert_array_equal(
+                outputs[:, i, j], window.max(axis=(1, 2))
+            )
+
+
+@pytest.mark.parametrize(
     ("padding", "corner"), [("fixed", 1 / 4), ("same", 1.0)]
 )
 def test_resnet_d_shortcut_pads_odd_sizes(padding, corner):
@@ -455,10 +478,52 @@ def test_resnet_d_shortcut_pads_odd_sizes(padding, corner):
 
 def test_paddings_differ_on_even_sizes_with_the_same_weights():
     models = [resnet.resnet(**TINY, padding=p) for p in resnet.PADDINGS]
-    models[1].set_weights(models[0].get_weights())
+    for model in models[1:]:
+        model.set_weights(models[0].get_weights())
     images = _random(2, 32, 32, 3)
-    first, second = (model(images).numpy() for model in models)
-    assert np.abs(first - second).max() > 1e-2 * np.abs(first).max()
+    outputs = [model(images).numpy() for model in models]
+    for first, second in itertools.combinations(outputs, 2):
+        assert np.abs(first - second).max() > 1e-2 * np.abs(first).max()
+
+
+@pytest.mark.parametrize(
+    ("depth", "shortcuts", "groups"),
+    [
+        (18, "always", {1, 2, 3, 4}),
+        (18, "needed", {2, 3, 4}),
+        (50, "needed", {1, 2, 3, 4}),
+    ],
+)
+def test_which_groups_project_their_shortcut(depth, shortcuts, groups):
+    model = resnet.resnet(depth, width_multiplier=0.125, shortcuts=shortcuts)
+    found = {
+        layer.name for layer in model.layers if "shortcut_conv" in layer.name
+    }
+    assert found == {f"block_group{g}_block1_shortcut_conv" for g in groups}
+
+
+def test_preactivation_has_the_variables_of_the_reference():
+    # The number of haiku's parameters, relicv2_manifest.json.
+    model = resnet.resnet(18, padding="same", preactivation=True)
+    assert _count(model) == 11_178_816
+    names = {layer.name for layer in model.layers}
+    assert "final_bn" in names
+    assert not {"initial_bn", "block_group1_block1_shortcut_bn"} & names
+    resnet.freeze(model, 3)
+    assert model.get_layer("final_bn").trainable
+    resnet.freeze(model, 4)
+    assert not model.trainable_variables
+
+
+def test_base_filters_are_of_the_stem_and_the_groups():
+    model = resnet.resnet(
+        10, base_filters=(8, 16, 24, 32, 40), width_multiplier=2
+    )
+    names = ["initial_conv"] + [
+        f"block_group{g}_block1_conv2" for g in range(1, 5)
+    ]
+    filters = [model.get_layer(name).filters for name in names]
+    assert filters == [16, 32, 48, 64, 80]
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -585,6 +650,9 @@ def test_a_model_comes_back_from_its_config_and_weights():
         ({"padding": "valid"}, "Received: 'valid'"),
         ({"width_multiplier": 0}, "width_multiplier=0"),
         ({"se_ratio": -1.0}, "se_ratio=-1.0"),
+        ({"shortcuts": "never"}, "`shortcuts` must be one of"),
+        ({"base_filters": (64, 64)}, r"Received: \(64, 64\)"),
+        ({"preactivation": True, "padding": "torch"}, "goes without"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
