@@ -463,6 +463,12 @@ def encoder_flags(architecture: model.Architecture) -> dict[str, Any]:
     }
 
 
+def usual_image_size(architecture: model.Architecture) -> int:
+    """Returns the side, in pixels, of the images that a stem is made for."""
+    is_small = architecture.stem == "cifar"
+    return _LARGEST_SMALL_IMAGE if is_small else _IMAGENET_SIZE
+
+
 def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
     """Returns the augmentation of each view that the flags describe.
 

@@ -38,6 +38,7 @@ import data
 import data_util
 import embed
 import experiment
+import export
 import features
 import methods
 import model
@@ -47,6 +48,7 @@ import reporting
 import resnet
 import run_report
 import saliency
+import sources as sources_lib
 import trainer
 from experiment import Run, Settings
 
@@ -83,11 +85,20 @@ def _by_method(name: str) -> str:
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "train_then_eval", "probe", "embed", "predict"],
+    [
+        "train",
+        "eval",
+        "train_then_eval",
+        "probe",
+        "embed",
+        "predict",
+        "export",
+    ],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
     "--checkpoint's features with raw pixels and a random encoder; embed: "
-    "write its features of --input; predict: the classes it sees there.",
+    "write its features of --input; predict: the classes it sees there; "
+    "export: write its networks in formats that other programs read.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -119,8 +130,12 @@ flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed, embeds or predicts; or other programs' "
-    "weights, see README; none: from scratch.",
+    "starts from, or which is probed, embeds, predicts or is exported; or "
+    "other programs' weights, see README; none: from scratch.",
+)
+flags.DEFINE_list("format", list(export.FORMATS), "What to export to.")
+flags.DEFINE_string(
+    "export_dir", None, "Where exports go. Unset: export beside the checkpoint."
 )
 flags.DEFINE_integer(
     "seed",
@@ -452,8 +467,8 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "evaluate_target",
     False,
-    "Whether a checkpoint's target network is fine-tuned or probed, not the "
-    "online one.",
+    "Whether a checkpoint's target network is fine-tuned, probed or exported, "
+    "not the online one.",
 )
 
 # Labels that pretraining may see (SemPPL); unset: all that there are.
@@ -825,6 +840,14 @@ _OF_MODES = {
     ),
     ("embed", "predict"): ("input", "input_split", "output"),
     ("predict",): ("top_k",),
+    ("export",): ("format", "export_dir"),
+}
+_MEANT_BY_EXPORT = {
+    *_OF_MODES["export",],
+    "mode",
+    "checkpoint",
+    "image_size",
+    "evaluate_target",
 }
 # SimCLR's linear evaluation on CIFAR-10.
 _FINETUNE_DEFAULTS = {
@@ -890,12 +913,14 @@ def main(argv: Sequence[str]) -> None:
         "predict": _embed,
     }
     try:
-        run = Run(*resolve_flags())
-        sweeps = (
-            run.settings.sweep_learning_rate or run.settings.sweep_train_epochs
-        )
-        trains = run.settings.mode in ("train", "train_then_eval")
-        work = modes["sweep" if sweeps and trains else run.settings.mode](run)
+        settings, origins = resolve_flags()
+        if settings.mode == "export":
+            work = _export(settings)
+        else:
+            sweeps = settings.sweep_learning_rate or settings.sweep_train_epochs
+            trains = settings.mode in ("train", "train_then_eval")
+            mode = "sweep" if sweeps and trains else settings.mode
+            work = modes[mode](Run(settings, origins))
     except (ValueError, OSError, tf.errors.OpError) as error:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
@@ -908,6 +933,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _set_up_log() -> None:
     """Logs this program's lines with the time of day, not TensorFlow's."""
+    tf.get_logger().setLevel("WARNING")
     logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
@@ -1021,7 +1047,7 @@ def _inherited_values() -> dict[str, Any]:
             raise ValueError("--mode=eval needs --model_dir.")
         names, path = _INHERITED_BY_EVAL, FLAGS.model_dir
         _wait_for_run(path)
-    elif FLAGS.mode == "probe":
+    elif FLAGS.mode in ("probe", "export"):
         names, path = _INHERITED_BY_EVAL, FLAGS.checkpoint
     else:
         names, path = _INHERITED, FLAGS.checkpoint
@@ -1033,8 +1059,13 @@ def _inherited_values() -> dict[str, Any]:
         run = checkpoint_lib.read_run(path)
         if foreign:
             values = experiment.encoder_flags(foreign.architecture)
-        elif run:
+        elif run and "flags" in run:
             values = run["flags"]
+        elif run:  # an export
+            architecture = model.Architecture(**run["architecture"])
+            values = run["architecture"] | experiment.encoder_flags(
+                architecture
+            )
     return {name: values[name] for name in names if name in values}
 
 
@@ -1082,7 +1113,7 @@ def _check(settings: Settings) -> None:
 
 def _check_inputs(settings: Settings) -> None:
     """Raises ValueError where a mode lacks what it is to read or write."""
-    reads = settings.mode in ("probe", "embed", "predict")
+    reads = settings.mode in ("probe", "embed", "predict", "export")
     given = settings.checkpoint
     if reads and given in (None, "", _FROM_SCRATCH):
         raise ValueError(
@@ -1102,6 +1133,12 @@ def _check_inputs(settings: Settings) -> None:
 
 def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     """Returns a line for every given flag that does nothing in this run."""
+    if settings.mode == "export":
+        return [
+            f"--{name} has no effect: an export takes all from the checkpoint."
+            for name in _OWN_FLAGS
+            if sources[name] == "command line" and name not in _MEANT_BY_EXPORT
+        ]
     method = methods.METHODS[settings.objective]
     of_methods = {
         flag for row in methods.METHODS.values() for flag in _of_method(row)
@@ -1471,6 +1508,46 @@ def _embed(run: Run) -> Callable[[], None]:
             settings.output or "standard output",
             missing,
         )
+
+    return work
+
+
+def _export(settings: Settings) -> Callable[[], None]:
+    """Prepares writing a checkpoint's networks for other programs."""
+    export.check_formats(settings.format)
+    # Other runtimes compute in float32; a GPU would not, here.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    path = settings.checkpoint
+    networks = checkpoint_lib.load_networks(
+        path, target=settings.evaluate_target
+    )
+    size = settings.image_size or experiment.usual_image_size(
+        networks.architecture
+    )
+    channels = networks.architecture.channels
+    pictures = [p.resize((size, size)) for p in sources_lib.pictures()]
+    images = np.stack([np.asarray(p, np.float32) / 255 for p in pictures])
+    images = images[..., np.arange(channels) % images.shape[-1]]
+    directory = settings.export_dir or os.path.join(
+        checkpoint_lib.run_directory(path), "export"
+    )
+    run = checkpoint_lib.read_run(path) or {}
+    about = {
+        "checkpoint": path,
+        "target": settings.evaluate_target,
+        "objective": run.get("flags", {}).get("objective"),
+        "train_mode": run.get("flags", {}).get("train_mode"),
+        "commit": run.get("commit"),
+    }
+
+    def work() -> None:
+        results = export.write(
+            networks, directory, settings.format, images, about
+        )["formats"]
+        sys.stdout.write(export.table(results) + "\n")
+        refused = [name for name in results if "refused" in results[name]]
+        if refused:
+            _exit(_EXIT_USAGE, f"Error: not written: {', '.join(refused)}.")
 
     return work
 

@@ -27,6 +27,8 @@ _MAY_IMPORT = {
     "features": {"data", "data_util", "sources"},
     "probe": {"data", "features"},
     "embed": {"data", "features", "labelled"},
+    "readers": set(),
+    "export": {"checkpoint", "model", "published", "readers", "resnet"},
     "methods": {"objective"},
     "trainer": {
         "checkpoint",
@@ -69,6 +71,7 @@ _MAY_IMPORT = {
         "data_util",
         "embed",
         "experiment",
+        "export",
         "features",
         "methods",
         "model",
@@ -78,6 +81,7 @@ _MAY_IMPORT = {
         "resnet",
         "run_report",
         "saliency",
+        "sources",
         "trainer",
     },
 }
