@@ -594,6 +594,9 @@ def make_train_config(
         "copy_target_until": settings.update_gamma_after_step,
         "target_update_steps": settings.update_gamma_every_n_steps,
         "num_classes": dataset.num_classes,
+        "pseudo_label_start": schedules.warmup_steps(
+            num_examples, settings.pseudo_label_start_epoch, batch_size
+        ),
         "labelled": is_labelled,
         "batch_size": batch_size,
         "num_examples": num_examples,

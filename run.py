@@ -376,6 +376,13 @@ flags.DEFINE_integer(
     f"SemPPL: draws an image. {_by_method('num_semantic_positives')}.",
     lower_bound=0,
 )
+flags.DEFINE_float(
+    "pseudo_label_start_epoch",
+    0.0,
+    "SemPPL: epochs before pseudo-labels count, wrong as they are at first; till "
+    "then only labelled images have semantic positives.",
+    lower_bound=0,
+)
 flags.DEFINE_integer(
     "queue_size",
     None,
@@ -820,7 +827,11 @@ _OF_MULTI_VIEW = (
     "update_gamma_after_step",
     "update_gamma_every_n_steps",
 )
-_OF_SEMPPL = ("queue_size", "num_semantic_positives")
+_OF_SEMPPL = (
+    "queue_size",
+    "num_semantic_positives",
+    "pseudo_label_start_epoch",
+)
 _OF_FINETUNING = (
     "fine_tune_after_block",
     "zero_init_logits_layer",
