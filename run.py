@@ -379,8 +379,8 @@ flags.DEFINE_integer(
 flags.DEFINE_float(
     "pseudo_label_start_epoch",
     0.0,
-    "SemPPL: epochs before pseudo-labels count, wrong as they are at first; till "
-    "then only labelled images have semantic positives.",
+    "SemPPL: epochs before pseudo-labels count, which are wrong at first; "
+    "until then, labelled images alone have semantic positives.",
     lower_bound=0,
 )
 flags.DEFINE_integer(
