@@ -527,3 +527,33 @@ def _simclr_variables(serialized: bytes) -> Iterator[tuple[str, str]]:
         keys = {a.checkpoint_key for i in below for a in nodes[i].attributes}
         for key in keys - set(places.values()):
             yield f"{_SIMCLR_ENCODER}/{key}", key
+
+
+def load_classifier(path: str) -> tuple[keras.Model, tuple[str, ...]]:
+    """Returns the classifier of a run of this program, with its encoder.
+
+    Args:
+        path: as `load_networks`'s.
+
+    Returns:
+        keras.Model from float32 images `[n, h, w, c]` in [0, 1] to float32
+        probabilities `[n, num_classes]`; the normalisation of the run is
+        inside. The names of the classes.
+
+    Raises:
+        ValueError: if there is nothing to read, or no classifier in it.
+    """
+    networks = load_networks(path)
+    num_classes = networks.architecture.num_classes
+    if not num_classes:
+        raise ValueError(
+            f"There is no classifier in {path!r}: fine-tune an encoder first, "
+            "--train_mode=finetune."
+        )
+    images = keras.Input((None, None, networks.architecture.channels))
+    logits = networks.logits(images, training=False)
+    names = (read_run(path) or {}).get("class_names")
+    return (
+        keras.Model(images, keras.ops.softmax(logits)),
+        tuple(names or map(str, range(num_classes))),
+    )

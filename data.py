@@ -57,7 +57,8 @@ def load(
               whose path hashes so is "test", the rest "train";
             - "path.npz": uint8 `images [N, H, W, C]`, optionally integer
               `labels [N]`, -1 for none; its one split is "train".
-        split: a split, or an expression of TFDS: "train[:90%]", "train+test".
+        split: a split, or an expression of TFDS: "train[:90%]", "train+test";
+            "all" is every split, of a folder in the order of the paths.
         data_dir: where TFDS keeps its datasets; its own default if None.
         channels: channels to decode: 1, 3 or 4; the dataset's own if None
             (3 for a folder).
@@ -168,19 +169,22 @@ def _with_masks(
             "Masks are either read or estimated. Received: "
             f"mask_dir={mask_dir!r}, saliency={estimator!r}."
         )
-    masks: Any  # a function; of images in memory, then an array
+    missing: set[int] = set()
     if mask_dir:
         files = sources.find_masks(dataset, mask_dir)
-        known, masks = len(files) - files.count(""), _mask_reader(files)
+        missing = {i for i, file in enumerate(files) if not file}
+        make = _mask_reader(files)
     else:
-        known, masks = dataset.num_examples, _mask_estimator(str(estimator))
-    missing = dataset.num_examples - known
-    implausible = "implausible ones are found when images are read"
+        make = _mask_estimator(str(estimator))
+    counter = _ImplausibleMasks(make, missing, log=dataset.is_encoded)
+    masks: Any = counter  # a function; of images in memory, an array
+    implausible = "implausible ones are counted as images are read"
     if isinstance(dataset.source, Arrays):
-        masks, whole = _hold_masks(masks, dataset.source.images)
-        implausible = f"{whole - missing:,} implausible"
+        masks = _hold_masks(counter, dataset.source.images)
+        implausible = f"{len(counter.ids):,} implausible"
     note = (
-        f"masks of {known:,} images ({implausible}), none of {missing:,}; "
+        f"masks of {dataset.num_examples - len(missing):,} images "
+        f"({implausible}), none of {len(missing):,}; "
         "without a plausible mask, an image stays whole"
     )
     notes = (*dataset.notes, note)
@@ -221,25 +225,55 @@ def _mask_estimator(name: str) -> _MaskFunction:
     return lambda images, _: saliency_lib.foreground(estimators[name](images))
 
 
-def _hold_masks(
-    masks: _MaskFunction, images: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Returns masks of all images, and how many of them are none."""
-    held, whole = np.empty(images.shape[:3], np.uint8), 0
+class _ImplausibleMasks:
+    """A function of images that makes masks, whole where not plausible.
 
-    @tf.function(autograph=False, reduce_retracing=True)
-    def make(images: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        found = masks(images, ids)
-        is_plausible = saliency_lib.is_plausible(found)
-        return saliency_lib.whole_if_implausible(found), is_plausible
+    Attributes:
+        ids: of images whose masks were not plausible; grows with each call.
+    """
 
+    def __init__(
+        self, make: _MaskFunction, missing: set[int], *, log: bool
+    ) -> None:
+        """`missing`: ids of images without a mask, which are not counted."""
+        self.ids: set[int] = set()
+        self._make, self._missing, self._log = make, missing, log
+
+    def __call__(self, images: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+        masks = self._make(images, ids)
+        failed = tf.boolean_mask(ids, ~saliency_lib.is_plausible(masks))
+        report = tf.cond(
+            tf.size(failed) > 0,
+            lambda: tf.numpy_function(self._report, [failed], tf.bool),
+            lambda: True,
+        )
+        with tf.control_dependencies([report]):
+            return saliency_lib.whole_if_implausible(masks)
+
+    def _report(self, ids: np.ndarray) -> bool:
+        for example_id in sorted(set(ids.tolist()) - self._missing - self.ids):
+            self.ids.add(example_id)
+            count = len(self.ids)
+            if self._log and count == 10 ** (len(str(count)) - 1):
+                logging.info(
+                    "Implausible masks so far: %d, the last of example %d; "
+                    "these images stay whole.",
+                    count,
+                    example_id,
+                )
+        return True
+
+
+def _hold_masks(masks: _MaskFunction, images: np.ndarray) -> np.ndarray:
+    """Returns masks of all images."""
+    held = np.empty(images.shape[:3], np.uint8)
+    make = tf.function(masks, autograph=False, reduce_retracing=True)
     with tf.device("CPU:0"):
         for start in range(0, len(images), _MASK_CHUNK):
             part = slice(start, min(start + _MASK_CHUNK, len(images)))
             ids = tf.range(part.start, part.stop)
-            held[part], is_plausible = make(tf.constant(images[part]), ids)
-            whole += int(np.sum(~is_plausible.numpy()))
-    return held, whole
+            held[part] = make(tf.constant(images[part]), ids)
+    return held
 
 
 def train_stream(
@@ -356,7 +390,7 @@ def _background_remover(
     def remove(image: tf.Tensor) -> tf.Tensor:
         images = tf.ensure_shape(image, [None, None, dataset.channels])
         images = images[tf.newaxis]
-        masks = saliency_lib.whole_if_implausible(dataset.masks(images, ids))
+        masks = dataset.masks(images, ids)
         return saliency_lib.remove_background(images, masks, keys, view)[0]
 
     return remove

@@ -5,6 +5,7 @@ Takes the flags in force as one object, their names as attributes; only
 `run.py` reads them from the command line.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -14,7 +15,7 @@ import platform
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -40,6 +41,7 @@ _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
+_DATA_FLAGS = ("dataset", "data_dir", "train_split", "seed")
 # Flags that replace the value of an augmentation's preset.
 AUGMENTATION_OVERRIDES = tuple(
     field.name
@@ -57,8 +59,6 @@ class Run:
             image_size, channels and stem, is resolved.
         strategy: where steps run.
         train_data: the training split.
-        architecture: of the networks.
-        networks: made in the strategy's scope.
     """
 
     def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
@@ -83,11 +83,6 @@ class Run:
         self.train_data = self._load_train_data()
         self._settle()
         self._log_settings()
-        self.architecture = make_architecture(
-            settings, self.train_data.num_classes
-        )
-        with self.strategy.scope():
-            self.networks = model.build_networks(self.architecture)
 
     def _set_numerics(self) -> None:
         """Sets TensorFlow up; before anything else is done with it."""
@@ -126,6 +121,27 @@ class Run:
             logging.info("Flags from %s: %s", source, " ".join(flags))
 
     @functools.cached_property
+    def architecture(self) -> model.Architecture:
+        """What the networks are built from."""
+        return make_architecture(self.settings, self.train_data.num_classes)
+
+    @functools.cached_property
+    def networks(self) -> model.Networks:
+        """With fresh weights, made in the strategy's scope."""
+        # Whatever was built before, as in a sweep.
+        keras.utils.set_random_seed(self.settings.seed)
+        with self.strategy.scope():
+            return model.build_networks(
+                self.architecture, remat=self.settings.remat
+            )
+
+    @property
+    def eval_crop(self) -> float | None:
+        """The central share of an image that evaluation sees; None: all."""
+        is_small = self.settings.image_size <= _LARGEST_SMALL_IMAGE
+        return None if is_small else _IMAGENET_CROP_PROPORTION
+
+    @functools.cached_property
     def eval_data(self) -> data.Dataset:
         """The split for evaluation: test or validation if none was named."""
         if self.settings.eval_split:
@@ -151,6 +167,9 @@ class Run:
             )
         if settings.train_mode == "finetune":
             return None
+        if given and self._continues((*flags, *_DATA_FLAGS)):
+            # Reading all labels of a large dataset again would take minutes.
+            return labelled.read(settings.model_dir)
         if not given:
             if not settings.labelled_batch_share:
                 return None
@@ -170,6 +189,14 @@ class Run:
             self.train_data.num_examples,
         )
         return ids
+
+    def _continues(self, names: Sequence[str]) -> bool:
+        """Returns whether `model_dir` holds a run of the same flags `names`."""
+        before = checkpoint_lib.read_run(self.settings.model_dir)
+        return before is not None and all(
+            before["flags"].get(name) == getattr(self.settings, name)
+            for name in names
+        )
 
     def _load_train_data(self) -> data.Dataset:
         """Loads the training split, or what the flags make of it."""
@@ -199,7 +226,8 @@ class Run:
         settings, size = self.settings, self.train_data.image_size
         if settings.image_size is None:
             settings.image_size = min(size) if size else _IMAGENET_SIZE
-        if size and settings.image_size > min(size):
+        trains = settings.mode in ("train", "train_then_eval")
+        if trains and size and settings.image_size > min(size):
             raise ValueError(
                 f"--image_size={settings.image_size} exceeds the images of "
                 f"{settings.dataset}, which are {size[0]}x{size[1]}."
@@ -229,6 +257,32 @@ class Run:
                 f"--train_batch_size={settings.train_batch_size}."
             )
 
+    def choose(self, source: str, **flags: Any) -> None:
+        """Gives flags values that were found, and says where."""
+        vars(self.settings).update(flags)
+        self._sources |= dict.fromkeys(flags, source)
+
+    def held_out(self, model_dir: str, **flags: Any) -> "Run":
+        """Returns a run that is evaluated on images held out of training.
+
+        Args:
+            model_dir: of that run.
+            **flags: values that it has otherwise.
+        """
+        other = copy.copy(self)
+        other.settings = Settings(**vars(self.settings) | flags)
+        other.settings.model_dir = model_dir
+        train_data, count = self.train_data, self.settings.held_out_examples
+        order = np.random.default_rng(self.settings.seed).permutation(
+            train_data.example_ids
+        )
+        # At most a tenth, where there are few.
+        count = min(count, len(order) // 10)
+        vars(other).pop("networks", None)
+        other.train_data = data.subset(train_data, order[count:])
+        other.eval_data = data.subset(train_data, order[:count])
+        return other
+
     def distributed(
         self, make_stream: Callable[..., tf.data.Dataset]
     ) -> tf.data.Dataset:
@@ -241,14 +295,22 @@ class Run:
             )
         )
 
-    def evaluate(self, step: int) -> None:
-        """Evaluates the networks and writes the result."""
-        settings, dataset = self.settings, self.eval_data
-        crop = (
-            None
-            if settings.image_size <= _LARGEST_SMALL_IMAGE
-            else _IMAGENET_CROP_PROPORTION
-        )
+    def forward_options(self) -> dict[str, Any]:
+        """Returns how `features.compute_outputs` is to run."""
+        return {
+            "crop_proportion": self.eval_crop,
+            "batch_size": self.settings.eval_batch_size,
+            "strategy": self.strategy,
+            "jit_compile": self.settings.jit_compile,
+        }
+
+    def evaluate(self, step: int) -> tuple[dict[str, float], np.ndarray]:
+        """Evaluates the networks, writes the result and returns it.
+
+        Returns:
+            What `trainer.evaluate` returns.
+        """
+        settings, dataset, crop = self.settings, self.eval_data, self.eval_crop
         stream = self.distributed(
             functools.partial(
                 data.eval_stream,
@@ -260,7 +322,7 @@ class Run:
         )
         if settings.eval_steps:
             stream = itertools.islice(stream, settings.eval_steps)
-        measured = trainer.evaluate(
+        measured, predictions = trainer.evaluate(
             self.networks,
             stream,
             settings.image_size,
@@ -283,6 +345,7 @@ class Run:
             100 * measured["top_5_accuracy"],
             measured["num_examples"],
         )
+        return measured, predictions
 
     def write(self, config: trainer.TrainConfig) -> None:
         """Writes `run.json`, after a look at what is in the directory.
@@ -297,6 +360,7 @@ class Run:
             "sources": self._sources,
             "architecture": dataclasses.asdict(architecture),
             "train_steps": config.train_steps,
+            "class_names": self.train_data.class_names,
             "command": sys.argv,
             "commit": _commit(),
             "devices": list(self.strategy.extended.worker_devices),
@@ -309,9 +373,10 @@ class Run:
         now = json.loads(json.dumps(now))  # tuples become lists, as when read
         if before and tf.train.latest_checkpoint(settings.model_dir):
             _compare_runs(settings.model_dir, before, now)
-        checkpoint_lib.write_run(settings.model_dir, now)
+        # First the ids: where there is a `run.json`, they are there.
         if self.labelled_ids is not None:
             labelled.write(settings.model_dir, self.labelled_ids)
+        checkpoint_lib.write_run(settings.model_dir, now)
 
 
 def _compare_runs(
@@ -321,9 +386,10 @@ def _compare_runs(
 
     def differing(part: str) -> list[str]:
         return [
-            f"{name}: {before[part].get(name)} there, {value} here"
+            f"{name}: {before[part][name]} there, {value} here"
             for name, value in now[part].items()
-            if before[part].get(name) != value
+            # A run of an earlier version has fewer flags and fields.
+            if name in before[part] and before[part][name] != value
         ]
 
     # Fields that runs of older versions do not name have their defaults.
@@ -491,10 +557,12 @@ def make_train_config(
         is_labelled = np.zeros(num_examples, bool)
         is_labelled[labelled_ids] = True
     batch_size = settings.train_batch_size
-    if batch_size % num_replicas:
+    parts = settings.accumulate_steps
+    if batch_size % (num_replicas * parts):
         raise ValueError(
             f"--train_batch_size={batch_size} does not divide among "
-            f"{num_replicas} replicas."
+            f"{num_replicas} replicas"
+            + (f" and --accumulate_steps={parts}." if parts > 1 else ".")
         )
     epoch_steps = max(1, round(num_examples / batch_size))
     train_steps = settings.train_steps or schedules.train_steps(

@@ -237,12 +237,16 @@ METHODS: dict[str, Method] = {
             "contrastive_weight": "contrast_weight",
             "semantic_weight": "semantic_weight",
             "semantic_invariance": "semantic_invariance",
+            "sempos_negatives": "sempos_negatives",
+            "drop_same_label_negatives": "drop_same_label_negatives",
         },
         defaults={
             **_RELICV2,
             "weight_decay": 1e-6,
             "semantic_weight": 0.2,
             "semantic_invariance": True,
+            "sempos_negatives": "targets",
+            "drop_same_label_negatives": False,
             "num_semantic_positives": 3,
         },
         small_images={**_RELICV2_SMALL, "semantic_weight": 1.0},
@@ -390,4 +394,107 @@ PRESETS: dict[str, Values] = {
             (152, 2.0, 0.001, 0.01),
         )
     },
+}
+
+
+def _evaluation(**values: Any) -> Values:
+    """Returns what evaluations of frozen or pretrained encoders share."""
+    return {
+        "train_mode": "finetune",
+        "optimizer": "momentum",
+        "momentum": 0.9,
+        "learning_rate_scaling": "linear",
+        "learning_rate_schedule": "cosine",
+        "warmup_epochs": 0.0,
+        "weight_decay": 0.0,
+        **values,
+    }
+
+
+# BYOL's sweeps are decided on images held out of the training split, which it
+# is then trained on as a whole. Source: Grill et al., arXiv:2006.07733,
+# appendix D.
+_BYOL_EVALUATION = {"train_batch_size": 1024, "held_out_examples": 10_009}
+_BYOL_FINE_TUNING = _evaluation(
+    **_BYOL_EVALUATION,
+    fine_tune_after_block=-1,
+    sweep_learning_rate=(0.01, 0.02, 0.05, 0.1, 0.005),
+    sweep_train_epochs=(30, 50),
+)
+
+# Published evaluations, by what they were published with.
+EVALUATION_PRESETS: dict[str, Values] = {
+    # ReLICv2 and SemPPL. Source: google-deepmind/relicv2, configs/eval.py.
+    "linear_eval_deepmind": _evaluation(
+        fine_tune_after_block=4,
+        train_batch_size=1024,
+        train_epochs=100,
+        learning_rate=0.3,
+        checkpoint_minutes=5.0,
+    ),
+    # BYOL and ReLIC.
+    "linear_eval_byol": _evaluation(
+        **_BYOL_EVALUATION,
+        fine_tune_after_block=4,
+        train_epochs=80,
+        sweep_learning_rate=(0.4, 0.3, 0.2, 0.1, 0.05),
+    ),
+    # google-research/simclr, tf2/README.md; RPC's README has the same.
+    "linear_eval_simclr": _evaluation(
+        fine_tune_after_block=4,
+        zero_init_logits_layer=True,
+        train_batch_size=4096,
+        train_epochs=90,
+        learning_rate=0.1,
+        weight_decay=1e-6,
+    ),
+    "linear_eval_simclr_cifar10": _evaluation(
+        dataset="cifar10",
+        fine_tune_after_block=4,
+        zero_init_logits_layer=True,
+        train_batch_size=512,
+        train_epochs=100,
+        learning_rate=0.1,
+    ),
+    # All but the stem is trained. martinmamql/relative_predictive_coding, the
+    # scripts in vision/.
+    "finetune_rpc_imagenet": _evaluation(
+        fine_tune_after_block=0,
+        zero_init_logits_layer=True,
+        train_batch_size=4096,
+        train_epochs=90,
+        learning_rate=0.16,
+    ),
+    "finetune_rpc_cifar10": _evaluation(
+        dataset="cifar10",
+        fine_tune_after_block=0,
+        zero_init_logits_layer=True,
+        train_batch_size=512,
+        train_epochs=100,
+        learning_rate=0.1,
+    ),
+    # Of a share of ImageNet's labels, everything is trained.
+    **{
+        f"semi_supervised_simclr_{share}pct": _evaluation(
+            dataset=f"imagenet2012_subset/{share}pct",
+            fine_tune_after_block=-1,
+            zero_init_logits_layer=True,
+            ft_proj_selector=1,
+            optimizer="lars",
+            learning_rate=0.005,
+            learning_rate_scaling="sqrt",
+            train_batch_size=1024,
+            train_epochs=epochs,
+        )
+        for share, epochs in ((1, 60), (10, 30))
+    },
+    **{
+        f"semi_supervised_byol_{share}pct": {
+            **_BYOL_FINE_TUNING,
+            "dataset": f"imagenet2012_subset/{share}pct",
+        }
+        for share in (1, 10)
+    },
+    # On the labels that the pretraining saw; the sweep is BYOL's.
+    "semi_supervised_semppl": {**_BYOL_FINE_TUNING, "train_on_labelled": True},
 }

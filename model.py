@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
@@ -11,6 +11,7 @@ import tensorflow as tf
 import resnet
 
 ENCODERS = ("resnet", "efficientnet_v2_s")
+TARGET_BNS = ("batch", "average")
 SIMCLR_MODES = ("none", "linear", "nonlinear")
 PROJECTION_MODES = (*SIMCLR_MODES, "mlp")
 MLP_NORMS = ("none", "hidden", "all")
@@ -220,7 +221,10 @@ class Architecture:
         predictor: whether there is a prediction head on the projection.
         target_network: whether there is a moving average of the encoder and
             the projection head.
+        target_bn: BatchNorm of the moving average: "batch", by statistics of
+            the batch, or "average", by those averaged with the weights.
         learnable_temperature: whether temperature and bias are trained.
+        max_inverse_temperature: where it is trained, > 0.
         critic_bias: of the logits, where it is trained, at the start.
         queue_shape: views and entries of SemPPL's queue; or ().
         ft_proj_selector: the layer of the projection head that the classifier
@@ -252,7 +256,9 @@ class Architecture:
     proj_bn: str = "hidden"
     predictor: bool = False
     target_network: bool = False
+    target_bn: str = "batch"
     learnable_temperature: bool = False
+    max_inverse_temperature: float = 5.0
     critic_bias: float = 0.0
     queue_shape: Sequence[int] = ()
     ft_proj_selector: int
@@ -391,6 +397,8 @@ class Networks:
         critic: temperature and bias where they are trained; or None.
         queue: SemPPL's; or None.
         classifier: to logits; None where there are no classes.
+        recomputing_encoder: `encoder` in less memory, see
+            `resnet.recomputing`, for training; or None.
     """
 
     architecture: Architecture
@@ -403,10 +411,14 @@ class Networks:
     critic: Critic | None = None
     queue: LabelledQueue | None = None
     classifier: keras.Model | None = None
+    recomputing_encoder: Callable[[tf.Tensor, bool], tf.Tensor] | None = None
 
     def features(self, images: tf.Tensor, training: bool) -> tf.Tensor:
         """Returns `[n, d]` features of float32 `[n, h, w, c]` in [0, 1]."""
-        return self.encoder(self._normalized(images), training=training)
+        images = self._normalized(images)
+        if self.recomputing_encoder and training:
+            return self.recomputing_encoder(images, training)
+        return self.encoder(images, training=training)
 
     def embeddings(
         self, images: tf.Tensor
@@ -426,16 +438,25 @@ class Networks:
     def target_embeddings(self, images: tf.Tensor) -> tf.Tensor:
         """Returns the target's projections `[n, d]`, without a gradient.
 
-        BatchNorm is in training mode, as in BYOL's code.
+        BatchNorm is in training mode, as in BYOL's code, or as `target_bn`
+        says.
 
         Raises:
             ValueError: if there is no target network.
         """
         if self.target_encoder is None or self.target_projection is None:
             raise ValueError("There is no target network.")
-        features = self.target_encoder(self._normalized(images), training=True)
-        projection = self.target_projection(features, training=True)[-1]
+        training = self.architecture.target_bn == "batch"
+        features = self.target_encoder(
+            self._normalized(images), training=training
+        )
+        projection = self.target_projection(features, training=training)[-1]
         return tf.stop_gradient(projection)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is a target network."""
+        return self.target_encoder is not None
 
     def reset_target(self) -> None:
         """Makes the target, if there is one, a copy of the online networks."""
@@ -444,11 +465,14 @@ class Networks:
 
     def update_target(self, decay: tf.Tensor) -> None:
         """Moves the target's weights to `decay * target + (1 - decay) * w`."""
+        which = (
+            "trainable_variables"
+            if self.architecture.target_bn == "batch"
+            else "variables"
+        )
         for target, online in self._targets():
             for average, variable in zip(
-                target.trainable_variables,
-                online.trainable_variables,
-                strict=True,
+                getattr(target, which), getattr(online, which), strict=True
             ):
                 average.assign(decay * average + (1.0 - decay) * variable)
 
@@ -499,11 +523,19 @@ class Networks:
         return images
 
 
-def build_networks(architecture: Architecture) -> Networks:
+def build_networks(
+    architecture: Architecture, *, remat: bool = False
+) -> Networks:
     """Returns networks with fresh weights; a target is a copy of its online.
 
+    Args:
+        architecture: what to build.
+        remat: whether gradients compute the encoder's blocks again instead of
+            keeping their activations.
+
     Raises:
-        ValueError: if a field of `architecture` is out of its range.
+        ValueError: if a field of `architecture` is out of its range, or
+            `remat` is asked of an encoder that has no blocks.
     """
     encoder = build_encoder(architecture)
     projection = _build_projection(architecture, encoder.output_shape[-1])
@@ -525,7 +557,9 @@ def build_networks(architecture: Architecture) -> Networks:
             architecture, encoder.output_shape[-1]
         )
     if architecture.learnable_temperature:
-        parts["critic"] = Critic(architecture.critic_bias)
+        parts["critic"] = Critic(
+            architecture.critic_bias, architecture.max_inverse_temperature
+        )
     if architecture.queue_shape:
         num_views, size = architecture.queue_shape
         parts["queue"] = LabelledQueue(num_views, size, layers[-1].shape[-1])
@@ -542,6 +576,7 @@ def build_networks(architecture: Architecture) -> Networks:
         projection_to_classifier=keras.Model(
             projection.input, layers[selector], name="projection_to_classifier"
         ),
+        recomputing_encoder=resnet.recomputing(encoder) if remat else None,
         **parts,
     )
     networks.reset_target()

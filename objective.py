@@ -35,6 +35,7 @@ _MASKED = -1e9  # a logit that no softmax sees; reference code's LARGE_NUM
 KL_GRADS = ("sg_p", "entropy_only", "none")
 KL_FORMS = ("swap", "transpose", "transpose_reversed")
 KL_SMALLS = ("transpose", "shared_target", "off")
+SEMPOS_NEGATIVES = ("targets", "sempos")
 
 _Pair = tuple[int, int]  # an online and a target view
 
@@ -532,6 +533,9 @@ def semppl_loss(
     invariance_weight: float,
     semantic_weight: float = 0.2,
     semantic_invariance: bool = True,
+    sempos_negatives: str = "targets",
+    drop_same_label_negatives: bool = False,
+    labels: tf.Tensor | None = None,
     kl_grad: str = "sg_p",
     kl_form: str = "swap",
     kl_small: str = "transpose",
@@ -555,7 +559,7 @@ def semppl_loss(
     a' the large view after a (nothing where it is a itself), averaged over k
     draws of z. Rows without a z add 0, and the mean is over all rows, not over
     those with one: otherwise the loss of the global batch would depend on how
-    they are spread over replicas. Negatives of the same class stay negatives.
+    they are spread over replicas.
 
     Source: Bosnjak et al., arXiv:2301.05158. The second term, the weights and
     k are as remembered from the paper and found in the re-implementation
@@ -571,6 +575,13 @@ def semppl_loss(
         invariance_weight: weight of both KL terms, >= 0.
         semantic_weight: weight of semantic against own positives, >= 0.
         semantic_invariance: whether the second term above counts.
+        sempos_negatives: what the negatives of `s_ac` are: "targets", as of
+            `p_ac`; "sempos", other images' z of the same draw, in place of
+            their targets, where they have one.
+        drop_same_label_negatives: whether images of the row's class are no
+            negatives, in any term. The published method keeps them.
+        labels: int32 `[b]`, (pseudo-)labels of the rows, -1 for none; only
+            needed for the above.
         kl_grad: as in `relic_loss`, for its KL.
         kl_form: as in `relic_loss`.
         kl_small: as in `relic_loss`.
@@ -587,13 +598,16 @@ def semppl_loss(
 
     Raises:
         ValueError: as in `relic_loss`, or if the semantic positives are of the
-            wrong shape.
+            wrong shape, or labels are needed and not given.
     """
     _check_not_negative(
         contrastive_weight=contrastive_weight,
         semantic_weight=semantic_weight,
         invariance_weight=invariance_weight,
     )
+    _check_choice("sempos_negatives", sempos_negatives, SEMPOS_NEGATIVES)
+    if drop_same_label_negatives and labels is None:
+        raise ValueError("`drop_same_label_negatives` needs `labels`.")
     comparison = _Comparison(
         online,
         target,
@@ -602,6 +616,7 @@ def semppl_loss(
         bias=bias,
         num_negatives=num_negatives,
         draws=draws,
+        labels=labels if drop_same_label_negatives else None,
         gather=gather,
     )
     contrastive = comparison.negative_log_likelihood()
@@ -609,7 +624,7 @@ def semppl_loss(
         invariance_weight, kl_grad, kl_form, kl_small
     )
     semantic, semantic_kl = comparison.semantic(
-        semantic_positives, has_positive
+        semantic_positives, has_positive, sempos_negatives == "sempos"
     )
     if semantic_weight > 0:
         contrastive += semantic_weight * semantic
@@ -963,6 +978,7 @@ class _Comparison:
         bias: float | tf.Tensor = 0.0,
         num_negatives: int = 0,
         draws: tf.Tensor | None = None,
+        labels: tf.Tensor | None = None,
     ) -> None:
         self.pairs = _check_views(online, target, include_same_view)
         _check_not_negative(num_negatives=num_negatives)
@@ -977,12 +993,18 @@ class _Comparison:
         batch, size = online[0].shape[0], candidates[0].shape[0]
         _check_batch(size)
         self._anchors = _prepare(tf.stack(online, 1), True)
+        self._candidates = _prepare(tf.stack(candidates), True)
         self._scores = self._critic(
-            "bad,cnd->bacn", self._anchors, _prepare(tf.stack(candidates), True)
+            "bad,cnd->bacn", self._anchors, self._candidates
         )
         own = tf.range(batch)[:, None, None] + offsets[0]
         self._columns = None  # of the scores, `[b, P, M]`
         self.is_own = tf.equal(own, tf.range(size))
+        self._is_dropped = None  # of the candidates, `[b, 1, B]`
+        if labels is not None:
+            rows = labels[:, None, None]
+            is_same = tf.equal(rows, self._gather(labels)[0]) & (rows >= 0)
+            self._is_dropped = is_same & ~self.is_own
         if 0 < num_negatives < size - 1:
             expected = [len(self.pairs), batch, num_negatives]
             if draws is None or draws.shape.as_list() != expected:
@@ -1044,11 +1066,15 @@ class _Comparison:
         return loss
 
     def semantic(
-        self, positives: tf.Tensor, has_positive: tf.Tensor
+        self,
+        positives: tf.Tensor,
+        has_positive: tf.Tensor,
+        among_positives: bool,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the two sums over pairs in `semppl_loss`, `[b]` each.
 
-        Of positives z, `[nL, b, k, d]`; 0 for rows without one.
+        Of positives z, `[nL, b, k, d]`; 0 for rows without one. Where
+        `among_positives`, other images' z stand for their targets.
         """
         shape = positives.shape.as_list()
         batch, _, dim = self._anchors.shape
@@ -1057,14 +1083,29 @@ class _Comparison:
                 "`semantic_positives` must be of shape "
                 f"[{self.num_large}, {batch}, k, {dim}]. Received: {shape}."
             )
-        scores = self._critic(
-            "bad,cbkd->back",
-            self._anchors,
-            tf.stop_gradient(_prepare(positives, True)),
-        )
-        is_own = self.is_own[:, :, None]
+        positives = tf.stop_gradient(_prepare(positives, True))
+        is_own, draws = self.is_own[:, :, None], range(shape[2])
+        if among_positives:
+            rows = self._gather(tf.stack(tf.unstack(positives), 1))[0]
+            has_row = self._gather(tf.cast(has_positive, tf.float32))[0] > 0
+            rows = tf.where(
+                has_row[:, None, None, None],
+                rows,
+                tf.stack(tf.unstack(self._candidates), 1)[:, :, None],
+            )
+            scores = self._critic("bad,nckd->backn", self._anchors, rows)
+        else:
+            scores = self._critic("bad,cbkd->back", self._anchors, positives)
 
         def log_s(numbers: list[int], logits: tf.Tensor) -> tf.Tensor:
+            if among_positives:
+                logits = self._choose(
+                    scores,
+                    [n * len(draws) + draw for n in numbers for draw in draws],
+                    [pair for pair in range(len(numbers)) for _ in draws],
+                )
+                shape = [batch, len(numbers), len(draws), -1]
+                return tf.nn.log_softmax(tf.reshape(logits, shape))
             own = tf.gather(scores, numbers, axis=1)[..., None]
             return tf.nn.log_softmax(
                 tf.where(is_own, own, logits[:, :, None])  # [b, P, k, M]
@@ -1124,6 +1165,8 @@ class _Comparison:
 
         Of the candidates of the n `chosen` pairs, by default of all pairs.
         """
+        if self._is_dropped is not None:
+            scores = tf.where(self._is_dropped, _MASKED, scores)
         if self._columns is None:
             return tf.gather(scores, numbers, axis=1)
         columns = self._columns

@@ -42,6 +42,12 @@ echo "2/3 Training a linear classifier on the frozen encoder ..." >&2
   --model_dir="$MODEL_DIR-linear"
 
 echo "3/3 Comparing features ..." >&2
-.venv/bin/python run.py --mode=probe --checkpoint="$MODEL_DIR"
+.venv/bin/python run.py \
+  --mode=probe \
+  --probe_max_train=5000 \
+  --label_budgets=1,5 \
+  --checkpoint="$MODEL_DIR"
 
-echo "Curves: .venv/bin/tensorboard --logdir $(dirname "$MODEL_DIR")" >&2
+echo "Curves: .venv/bin/tensorboard --logdir $(dirname "$MODEL_DIR")
+Report, to open in a browser: $MODEL_DIR/report.html
+Report of the linear classifier: $MODEL_DIR-linear/report.html" >&2

@@ -6,17 +6,22 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tqdm
 from absl import logging
+from tensorboard.backend.event_processing import (
+    plugin_event_accumulator as event_accumulator,
+)
 from tensorboard.compat.proto import event_pb2
+from tensorboard.plugins import projector
 from tensorboard.summary.writer import event_file_writer
 
 _SECONDS_BETWEEN_LINES = 10.0
+_VIEWS = "augmented_views"  # tag
 _PIXELS_OF_A_VIEW = 96  # at least, in the grid of views
 # Shown in the progress line where a step reports them, under a short name.
 _HEADLINES = {
@@ -75,7 +80,7 @@ class Reporter:
             self._writer = tf.summary.create_file_writer(self._directory)
             with self._writer.as_default(step):
                 grid = image_grid(self._preview(step))
-                tf.summary.image("augmented_views", grid[None])
+                tf.summary.image(_VIEWS, grid[None])
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=self._train_steps,
@@ -157,7 +162,7 @@ class Reporter:
             self._last_line = now
             if rate:
                 left = (self._train_steps - step) * self._batch_size / rate
-                words.append(f"{_duration(left)} left")
+                words.append(f"{duration(left)} left")
             logging.info(
                 "step %d/%d, %s", step, self._train_steps, ", ".join(words)
             )
@@ -187,13 +192,130 @@ def image_grid(views: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows).repeat(zoom, 0).repeat(zoom, 1)
 
 
+def sprite(images: np.ndarray) -> np.ndarray:
+    """Returns images as one picture, row by row, as square as can be.
+
+    Args:
+        images: uint8 `[n, s, s, c]`.
+
+    Returns:
+        uint8 `[rows * s, columns * s, c]`, black where there is no more.
+    """
+    count, size = images.shape[:2]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    tiles = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
+    tiles[:count] = images
+    tiles = tiles.reshape(rows, columns, *images.shape[1:]).swapaxes(1, 2)
+    return tiles.reshape(rows * size, columns * size, -1)
+
+
+def write_projector(
+    directory: str,
+    embeddings: np.ndarray,
+    images: np.ndarray,
+    columns: dict[str, Sequence[str]],
+) -> None:
+    """Writes what TensorBoard's projector shows of a run.
+
+    Args:
+        directory: of the run.
+        embeddings: float `[n, d]`.
+        images: uint8 `[n, s, s, c]`.
+        columns: what is known of each image, by name.
+    """
+    folder = os.path.join(directory, "projector")
+    tf.io.gfile.makedirs(folder)
+    lines = ["\t".join(columns)] if len(columns) > 1 else []
+    for row in zip(*columns.values(), strict=True):
+        cells = (" ".join(cell.split()) for cell in row)
+        lines.append("\t".join(cells).encode("utf-8", "replace").decode())
+    files = {
+        "embeddings.tsv": "".join(
+            "\t".join(f"{x:.5g}" for x in row) + "\n" for row in embeddings
+        ),
+        "metadata.tsv": "".join(f"{line}\n" for line in lines),
+        "sprite.png": tf.io.encode_png(sprite(images)).numpy(),
+    }
+    for name, content in files.items():
+        mode = "wb" if isinstance(content, bytes) else "w"
+        with tf.io.gfile.GFile(os.path.join(folder, name), mode) as file:
+            file.write(content)
+    config = projector.ProjectorConfig()
+    # Relative, so that the directory can be moved.
+    embedding = config.embeddings.add(
+        tensor_name="test embeddings",
+        tensor_path="projector/embeddings.tsv",
+        metadata_path="projector/metadata.tsv",
+    )
+    embedding.sprite.image_path = "projector/sprite.png"
+    embedding.sprite.single_image_dim.extend(images.shape[2:0:-1])
+    projector.visualize_embeddings(directory, config)
+
+
+class Events(NamedTuple):
+    """What a run has recorded.
+
+    Attributes:
+        scalars: float64 `[n, 2]` of steps and values, by tag.
+        views: the last picture of augmented views, a PNG; None: there is none.
+        views_step: the step whose views these are.
+        seconds: from the first point to the last, pauses included.
+    """
+
+    scalars: dict[str, np.ndarray]
+    views: bytes | None
+    views_step: int
+    seconds: float
+
+
+def read_events(directory: str) -> Events:
+    """Returns what a run has recorded, without points declared void."""
+    if not tf.io.gfile.glob(os.path.join(directory, "events.*")):
+        return Events({}, None, 0, 0.0)
+    events = event_accumulator.EventAccumulator(
+        directory, size_guidance={event_accumulator.TENSORS: 0}
+    )
+    events.Reload()
+    scalars, views, times = {}, [], [0.0]
+    for tag in events.Tags()["tensors"]:
+        kind = events.SummaryMetadata(tag).plugin_data.plugin_name
+        points = events.Tensors(tag)
+        if kind == "scalars":
+            scalars[tag] = np.array(
+                [
+                    (p.step, float(tf.make_ndarray(p.tensor_proto)))
+                    for p in points
+                ]
+            )
+            times = [p.wall_time for p in points]
+        elif tag == _VIEWS:
+            views = points
+    # A picture is a tensor of its width, its height and its PNG.
+    png = tf.make_ndarray(views[-1].tensor_proto)[2] if views else None
+    step = views[-1].step if views else 0
+    return Events(scalars, png, step, times[-1] - times[0])
+
+
+def write_json(directory: str, name: str, content: dict[str, Any]) -> None:
+    """Writes a JSON file into a directory; whole or not at all."""
+    tf.io.gfile.makedirs(directory)
+    path = os.path.join(directory, name)
+    with tf.io.gfile.GFile(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=2)
+    tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
+
+
+def read_result(directory: str) -> dict[str, Any]:
+    """Returns the newest result that `write_result` wrote."""
+    with tf.io.gfile.GFile(os.path.join(directory, "result.json")) as file:
+        return json.load(file)
+
+
 def write_result(directory: str, result: dict[str, Any], step: int) -> None:
     """Writes `result.json`, `result_STEP.json` and TensorBoard's `eval` run."""
-    tf.io.gfile.makedirs(directory)
-    text = json.dumps(result, indent=2)
     for name in ("result.json", f"result_{step}.json"):
-        with tf.io.gfile.GFile(os.path.join(directory, name), "w") as file:
-            file.write(text)
+        write_json(directory, name, result)
     writer = tf.summary.create_file_writer(os.path.join(directory, "eval"))
     with writer.as_default(step):
         for name, value in result.items():
@@ -219,7 +341,7 @@ def _start_session(directory: str, step: int) -> None:
     writer.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Returns hours, minutes and seconds as `h:mm:ss`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

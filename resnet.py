@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Residual networks: depth, width, stems, SK, SE, padding, global BatchNorm."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,6 +17,7 @@ STEMS = ("imagenet", "cifar")
 PADDINGS = ("fixed", "same", "torch")
 SHORTCUTS = ("always", "needed")
 BASE_FILTERS = (64, 64, 128, 256, 512)  # of the stem and the four groups
+_holds_statistics = contextvars.ContextVar("holds_statistics", default=False)
 ENDPOINTS = (
     "initial_conv",
     "initial_max_pool",
@@ -132,9 +135,10 @@ class GlobalBatchNorm(keras.layers.Layer):
             statistics = replica.all_reduce(
                 tf.distribute.ReduceOp.MEAN, tf.stop_gradient(statistics)
             )
-        mean, variance = tf.unstack(statistics)
-        self._move(self.moving_mean, mean + tf.cast(shift, tf.float32))
-        self._move(self.moving_variance, variance)
+        if not _holds_statistics.get():
+            mean, variance = tf.unstack(statistics)
+            self._move(self.moving_mean, mean + tf.cast(shift, tf.float32))
+            self._move(self.moving_variance, variance)
         return outputs
 
     def _normalize_locally(
@@ -632,6 +636,70 @@ def endpoints(model: keras.Model) -> dict[str, keras.KerasTensor]:
         model: an encoder made by `resnet`.
     """
     return {name: model.get_layer(name).output for name in ENDPOINTS}
+
+
+@contextlib.contextmanager
+def hold_statistics() -> Iterator[None]:
+    """What is traced in this context leaves moving statistics as they are.
+
+    For a second pass over the same images in training mode.
+    """
+    token = _holds_statistics.set(True)
+    try:
+        yield
+    finally:
+        _holds_statistics.reset(token)
+
+
+def recomputing(
+    model: keras.Model,
+) -> Callable[[tf.Tensor, bool], tf.Tensor]:
+    """Returns an encoder that forgets what is inside of its blocks.
+
+    It computes the same from images and `training`; for gradients, the stem
+    and each block are computed again from their inputs: less memory, about one
+    forward pass more. Source: Chen et al., arXiv:1604.06174.
+
+    Args:
+        model: an encoder made by `resnet`.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    ends = {
+        match[1]: layer.output  # the last of the block
+        for layer in model.layers
+        if (match := re.match(r"(initial|block_group\d_block\d+)_", layer.name))
+    }
+    if len(ends) < 2:
+        raise ValueError(
+            "Only the blocks of ResNets are computed again. Received: "
+            f"{model.name!r}."
+        )
+    tensors = [model.input, *ends.values(), model.output]
+    parts = [
+        keras.Model(start, end)
+        for start, end in zip(tensors, tensors[1:], strict=False)
+    ]
+
+    def call(images: tf.Tensor, training: bool) -> tf.Tensor:
+        x = images
+        for part in parts:
+            x = _recomputing(part, training)(x)
+        return x
+
+    return call
+
+
+def _recomputing(part: keras.Model, training: bool) -> Callable:
+    """Returns a part, its statistics moved by the first of two calls alone."""
+    calls = iter((contextlib.nullcontext(), hold_statistics()))
+
+    def call(x: tf.Tensor) -> tf.Tensor:
+        with next(calls):
+            return part(x, training=training)
+
+    return tf.recompute_grad(call)
 
 
 def freeze(model: keras.Model, after_block: int) -> None:

@@ -11,6 +11,7 @@ evaluated, or from the objective; the log at start says which.
 """
 
 import functools
+import itertools
 import logging as std_logging
 import os
 import platform
@@ -35,14 +36,17 @@ from absl import app, flags, logging
 import checkpoint as checkpoint_lib
 import data
 import data_util
+import embed
 import experiment
 import export
+import features
 import methods
 import model
 import objective
 import probe
 import reporting
 import resnet
+import run_report
 import saliency
 import sources as sources_lib
 import trainer
@@ -61,6 +65,7 @@ _OBJECTIVES = tuple(
 _SECONDS_BETWEEN_POLLS = 5
 _IMAGES_IN_GRID = 16
 _FROM_SCRATCH = "none"  # as --checkpoint
+_NOWHERE = "none"  # as --feature_cache
 
 _FLAGS_OF_LIBRARIES = frozenset(FLAGS)
 
@@ -80,11 +85,20 @@ def _by_method(name: str) -> str:
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "train_then_eval", "probe", "export"],
+    [
+        "train",
+        "eval",
+        "train_then_eval",
+        "probe",
+        "embed",
+        "predict",
+        "export",
+    ],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
-    "--checkpoint's features with raw pixels and a random encoder; export: "
-    "write --checkpoint's networks in formats that other programs read.",
+    "--checkpoint's features with raw pixels and a random encoder; embed: "
+    "write its features of --input; predict: the classes it sees there; "
+    "export: write its networks in formats that other programs read.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -102,21 +116,22 @@ flags.DEFINE_alias("loss_type", "objective")
 flags.DEFINE_enum(
     "preset",
     None,
-    sorted(methods.PRESETS),
-    "Published recipe; flags on the command line win.",
+    sorted({**methods.PRESETS, **methods.EVALUATION_PRESETS}),
+    "Published recipe of pretraining, or of evaluation, which then is the "
+    "train_mode; flags on the command line win.",
 )
 flags.DEFINE_string(
     "model_dir",
     None,
     "Where checkpoints, events and results go; a run found there goes on. "
-    "Unset: runs/TRAIN_MODE-OBJECTIVE-DATASET.",
+    "Unset: runs/TRAIN_MODE-OBJECTIVE-DATASET; of a probe, --checkpoint's.",
 )
 flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed or exported; or weights of another "
-    "program, see README; none: from scratch.",
+    "starts from, or which is probed, embeds, predicts or is exported; or "
+    "other programs' weights, see README; none: from scratch.",
 )
 flags.DEFINE_list("format", list(export.FORMATS), "What to export to.")
 flags.DEFINE_string(
@@ -193,6 +208,12 @@ flags.DEFINE_integer(
     "Steps between checkpoints; if not 0, instead of checkpoint_epochs.",
     lower_bound=0,
 )
+flags.DEFINE_float(
+    "checkpoint_minutes",
+    0.0,
+    "Minutes between checkpoints; if not 0, instead of checkpoint_steps.",
+    lower_bound=0,
+)
 flags.DEFINE_integer(
     "keep_checkpoint_max", 5, "Older checkpoints are deleted.", lower_bound=1
 )
@@ -203,6 +224,14 @@ flags.DEFINE_integer(
     lower_bound=0,
 )
 flags.DEFINE_integer(
+    "accumulate_steps",
+    1,
+    "Pretraining: parts of the batch that are embedded one after another, "
+    "twice each, so that a large batch needs the memory of a part. The loss is "
+    "that of the whole batch, BatchNorm's statistics are those of a part.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
     "steps_per_loop",
     0,
     "Steps between looks at the host; 0: as many as take two seconds.",
@@ -211,7 +240,10 @@ flags.DEFINE_integer(
 
 # Optimisation.
 flags.DEFINE_enum(
-    "optimizer", "lars", ["lars", "momentum", "adam"], "Optimizer."
+    "optimizer",
+    "lars",
+    ["lars", "momentum", "adam"],
+    "LARS, SGD with Nesterov's momentum, or Adam.",
 )
 flags.DEFINE_enum(
     "lars_variant",
@@ -258,6 +290,12 @@ flags.DEFINE_bool(
     "learnable_temperature",
     False,
     "ReLIC: whether temperature and bias are trained, as in relic-pytorch.",
+)
+flags.DEFINE_float(
+    "max_inverse_temperature",
+    5.0,
+    "Largest inverse of a trained temperature.",
+    lower_bound=0.01,
 )
 flags.DEFINE_bool(
     "hidden_norm",
@@ -318,6 +356,20 @@ flags.DEFINE_bool(
     "SemPPL: whether there is a KL term of semantic positives, too. "
     f"{_by_method('semantic_invariance')}.",
 )
+flags.DEFINE_enum(
+    "sempos_negatives",
+    None,
+    objective.SEMPOS_NEGATIVES,
+    "SemPPL: what a semantic positive is told apart from: other images' "
+    "targets, or their semantic positives. "
+    f"{_by_method('sempos_negatives')}.",
+)
+flags.DEFINE_bool(
+    "drop_same_label_negatives",
+    None,
+    "SemPPL: whether images of the same (pseudo-)label are no negatives. "
+    f"{_by_method('drop_same_label_negatives')}.",
+)
 flags.DEFINE_integer(
     "num_semantic_positives",
     0,
@@ -334,7 +386,8 @@ flags.DEFINE_integer(
     "num_negatives",
     None,
     "ReLIC family: negatives sampled from the global batch for each image and "
-    f"pair of views; 0: all. {_by_method('num_negatives')}.",
+    "pair of views, some tens at most; 0: all. "
+    f"{_by_method('num_negatives')}.",
     lower_bound=0,
 )
 flags.DEFINE_bool(
@@ -391,6 +444,13 @@ flags.DEFINE_float(
     f"{_by_method('target_decay')}.",
     lower_bound=0,
     upper_bound=1,
+)
+flags.DEFINE_enum(
+    "target_bn",
+    "batch",
+    model.TARGET_BNS,
+    "The target's BatchNorm: by statistics of the batch, as in BYOL's code, or "
+    "by the moving average of the online network's.",
 )
 flags.DEFINE_integer(
     "update_gamma_after_step",
@@ -479,6 +539,12 @@ flags.DEFINE_float(
     "se_ratio", 0.0, "Squeeze and excitation if > 0.", lower_bound=0
 )
 flags.DEFINE_bool(
+    "remat",
+    False,
+    "Whether gradients compute a ResNet's blocks again instead of keeping all "
+    "that is inside of them: less memory, about one forward pass more.",
+)
+flags.DEFINE_bool(
     "zero_init_residual", True, "Whether residual blocks start as identities."
 )
 flags.DEFINE_bool(
@@ -541,6 +607,65 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool(
     "zero_init_logits_layer", False, "Whether the classifier starts at zero."
+)
+flags.DEFINE_list(
+    "sweep_learning_rate",
+    [],
+    "Learning rates to choose from: each is trained on part of the training "
+    "images and evaluated on the others; the best is trained on all.",
+)
+flags.DEFINE_list(
+    "sweep_train_epochs", [], "Epochs to choose from, with each learning rate."
+)
+flags.DEFINE_integer(
+    "held_out_examples",
+    10_009,
+    "Training images that decide a sweep, at most a tenth of all.",
+    lower_bound=1,
+)
+
+# Probing.
+flags.DEFINE_integer(
+    "knn_k", 20, "Nearest neighbours that vote.", lower_bound=1
+)
+flags.DEFINE_float(
+    "knn_temperature",
+    0.07,
+    "A vote weighs exp(cosine / knn_temperature).",
+    lower_bound=0.01,
+)
+flags.DEFINE_list(
+    "label_budgets",
+    ["1", "5", "10", "1%", "10%"],
+    "Few labels to learn from: so many of each class, or a share of all.",
+)
+flags.DEFINE_integer(
+    "probe_seeds", 5, "Draws of each budget's labels.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "probe_max_train",
+    50_000,
+    "Training images used, drawn at random; 0: all.",
+    lower_bound=0,
+)
+flags.DEFINE_string(
+    "feature_cache",
+    None,
+    "Where features are kept for the next probe; none: nowhere. Unset: "
+    "MODEL_DIR/features.",
+)
+
+# Embedding and predicting.
+flags.DEFINE_string("input", None, "Images, as --dataset.")
+flags.DEFINE_string("input_split", "all", "Split of --input.")
+flags.DEFINE_string(
+    "output",
+    None,
+    "File to write: embed: .npz or .parquet; predict: .csv or .npz; unset: to "
+    "standard output.",
+)
+flags.DEFINE_integer(
+    "top_k", 5, "Most probable classes of an image.", lower_bound=1
 )
 
 # Augmentation. None: the preset's value.
@@ -666,9 +791,9 @@ _OWN_FLAGS = tuple(
 )
 _OF_PRETRAINING = (
     "objective",
-    "preset",
     "rpc_marginal_norm",
     "lineareval_while_pretraining",
+    "accumulate_steps",
     "augmentation",
     "color_jitter_strength",
     "use_blur",
@@ -691,6 +816,7 @@ _OF_MULTI_VIEW = (
     "predictor",
     "target_network",
     "target_decay",
+    "target_bn",
     "update_gamma_after_step",
     "update_gamma_every_n_steps",
 )
@@ -699,10 +825,25 @@ _OF_FINETUNING = (
     "fine_tune_after_block",
     "zero_init_logits_layer",
     "train_on_labelled",
+    "sweep_learning_rate",
+    "sweep_train_epochs",
+    "held_out_examples",
 )
-_OF_EXPORT = ("format", "export_dir")
+_OF_MODES = {
+    ("probe",): (
+        "knn_k",
+        "knn_temperature",
+        "label_budgets",
+        "probe_seeds",
+        "probe_max_train",
+        "feature_cache",
+    ),
+    ("embed", "predict"): ("input", "input_split", "output"),
+    ("predict",): ("top_k",),
+    ("export",): ("format", "export_dir"),
+}
 _MEANT_BY_EXPORT = {
-    *_OF_EXPORT,
+    *_OF_MODES["export",],
     "mode",
     "checkpoint",
     "image_size",
@@ -765,15 +906,21 @@ def main(argv: Sequence[str]) -> None:
     modes = {
         "train": _train,
         "train_then_eval": _train,
+        "sweep": _sweep,
         "eval": _follow,
         "probe": _probe,
+        "embed": _embed,
+        "predict": _embed,
     }
     try:
         settings, origins = resolve_flags()
         if settings.mode == "export":
             work = _export(settings)
         else:
-            work = modes[settings.mode](Run(settings, origins))
+            sweeps = settings.sweep_learning_rate or settings.sweep_train_epochs
+            trains = settings.mode in ("train", "train_then_eval")
+            mode = "sweep" if sweeps and trains else settings.mode
+            work = modes[mode](Run(settings, origins))
     except (ValueError, OSError, tf.errors.OpError) as error:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
@@ -832,9 +979,12 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
         setattr(settings, name, value)
 
     layers: dict[str, methods.Values] = {"its run": _inherited_values()}
+    of_preset = f"preset {FLAGS.preset}"
+    if FLAGS.preset in methods.EVALUATION_PRESETS:
+        layers[of_preset] = methods.EVALUATION_PRESETS[FLAGS.preset]
     resolve("train_mode", layers)
-    if FLAGS.preset and settings.train_mode == "pretrain":
-        layers[f"preset {FLAGS.preset}"] = methods.PRESETS[FLAGS.preset]
+    if FLAGS.preset in methods.PRESETS and settings.train_mode == "pretrain":
+        layers[of_preset] = methods.PRESETS[FLAGS.preset]
     for name in ("objective", "target_network", "use_siglip"):
         resolve(name, layers)
     row = methods.canonical_name(settings.objective, settings.use_siglip)
@@ -871,6 +1021,22 @@ def _tidy(settings: Settings, sources: dict[str, str]) -> None:
     settings.target_decay = settings.target_decay or 0.0
     if settings.checkpoint == _FROM_SCRATCH:
         settings.checkpoint = None
+    # A value given on the command line is not to be searched for.
+    for name, of_one in (
+        ("sweep_learning_rate", ("learning_rate",)),
+        ("sweep_train_epochs", ("train_epochs", "train_steps")),
+    ):
+        given = any(sources[flag] == "command line" for flag in of_one)
+        values = getattr(settings, name)
+        if given and sources[name] != "command line":
+            values = ()
+        number = float if name == "sweep_learning_rate" else int
+        setattr(settings, name, tuple(number(value) for value in values))
+    if settings.mode == "probe" and not settings.model_dir:
+        settings.model_dir = checkpoint_lib.run_directory(settings.checkpoint)
+    if settings.mode in ("embed", "predict"):
+        settings.dataset = settings.input
+        settings.train_split = settings.input_split
 
 
 def _inherited_values() -> dict[str, Any]:
@@ -913,25 +1079,17 @@ def _wait_for_run(directory: str) -> None:
 def _check(settings: Settings) -> None:
     """Raises ValueError for flags that contradict each other."""
     finetune = settings.train_mode == "finetune"
+    if settings.preset in methods.EVALUATION_PRESETS and not finetune:
+        raise ValueError(
+            f"--preset={settings.preset} is of --train_mode=finetune."
+        )
     if not finetune and settings.fine_tune_after_block != -1:
         raise ValueError(
             "--fine_tune_after_block freezes layers, which pretraining does "
             "not support. Received: --train_mode=pretrain "
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
-    looks = settings.mode in ("probe", "export")
-    needs_checkpoint = looks or (finetune and settings.mode != "eval")
-    given = settings.checkpoint
-    if needs_checkpoint and (
-        not given or given == _FROM_SCRATCH and (looks or not finetune)
-    ):
-        raise ValueError(
-            "--checkpoint must name the pretrained run; to train from scratch, "
-            "give --checkpoint=none."
-            if not looks
-            else f"--mode={settings.mode} needs --checkpoint, the run to look "
-            "at."
-        )
+    _check_inputs(settings)
     if settings.use_tpu and settings.cpu_replicas > 1:
         raise ValueError("--cpu_replicas is for runs without a TPU.")
     if settings.use_siglip and settings.objective != "siglip":
@@ -953,6 +1111,26 @@ def _check(settings: Settings) -> None:
         )
 
 
+def _check_inputs(settings: Settings) -> None:
+    """Raises ValueError where a mode lacks what it is to read or write."""
+    reads = settings.mode in ("probe", "embed", "predict", "export")
+    given = settings.checkpoint
+    if reads and given in (None, "", _FROM_SCRATCH):
+        raise ValueError(
+            f"--mode={settings.mode} needs --checkpoint, the run to look at."
+        )
+    finetune = settings.train_mode == "finetune"
+    if finetune and not given and settings.mode != "eval":
+        raise ValueError(
+            "--checkpoint must name the pretrained run; to train from scratch, "
+            "give --checkpoint=none."
+        )
+    if settings.mode in ("embed", "predict") and not settings.input:
+        raise ValueError(f"--mode={settings.mode} needs --input, the images.")
+    if settings.mode == "embed" and not settings.output:
+        raise ValueError("--mode=embed needs --output, the file to write.")
+
+
 def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     """Returns a line for every given flag that does nothing in this run."""
     if settings.mode == "export":
@@ -965,9 +1143,11 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     of_methods = {
         flag for row in methods.METHODS.values() for flag in _of_method(row)
     }
-    reasons = _WITHOUT_MEANING | {
-        name: "it is of --mode=export" for name in _OF_EXPORT
-    }
+    reasons = dict(_WITHOUT_MEANING)
+    for modes, names in _OF_MODES.items():
+        if settings.mode not in modes:
+            of = f"it is of --mode={' and '.join(modes)}"
+            reasons |= dict.fromkeys(names, of)
     if settings.train_mode == "finetune":
         for name in (
             *of_methods,
@@ -975,6 +1155,8 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
             *experiment.AUGMENTATION_OVERRIDES,
         ):
             reasons[name] = "it is of pretraining"
+        if settings.preset in methods.PRESETS:
+            reasons["preset"] = "it is of pretraining"
     else:
         for name in _OF_FINETUNING:
             reasons[name] = "it is of fine-tuning"
@@ -1013,10 +1195,16 @@ def _idle(settings: Settings) -> dict[str, str]:
             ("temperature",),
         ),
         (
+            not settings.learnable_temperature,
+            "the temperature is not trained",
+            ("max_inverse_temperature",),
+        ),
+        (
             not settings.target_network,
             "there is no target network",
             (
                 "target_decay",
+                "target_bn",
                 "gamma",
                 "update_gamma_after_step",
                 "update_gamma_every_n_steps",
@@ -1056,7 +1244,7 @@ def _of_method(method: methods.Method) -> set[str]:
     if method.multi_view:
         names.update(_OF_MULTI_VIEW)
     if method.can_learn_temperature:
-        names.add("learnable_temperature")
+        names.update(("learnable_temperature", "max_inverse_temperature"))
     if "num_semantic_positives" in method.defaults:
         names.update(_OF_SEMPPL)
     return names
@@ -1133,8 +1321,55 @@ def _train(run: Run) -> Callable[[], None]:
             lambda: bool(signals.received),
         )
         if evaluates:
-            run.evaluate(config.train_steps)
+            run_report.of_classifier(run, *run.evaluate(config.train_steps))
 
+    return work
+
+
+def _sweep(run: Run) -> Callable[[], None]:
+    """Prepares a choice of flags on held-out images, then training on all."""
+    settings = run.settings
+    rates = settings.sweep_learning_rate or (settings.learning_rate,)
+    epochs = settings.sweep_train_epochs or (settings.train_epochs,)
+    trials = {
+        f"rate_{rate:g}-epochs_{count}": {
+            "learning_rate": rate,
+            "train_epochs": count,
+        }
+        for rate, count in itertools.product(rates, epochs)
+    }
+
+    def prepare(name: str) -> tuple[Run, Callable[[], None]]:
+        directory = os.path.join(settings.model_dir, "sweep", name)
+        trial = run.held_out(directory, mode="train", **trials[name])
+        return trial, _train(trial)
+
+    def try_one(name: str) -> float:
+        trial, train = prepare(name)
+        logging.info("Sweep: %s", name)
+        try:
+            train()
+        except trainer.TrainingDiverged as error:
+            logging.warning("%s", error)
+            return 0.0
+        directory = trial.settings.model_dir
+        newest = checkpoint_lib.latest_checkpoint(directory)
+        trial.evaluate(checkpoint_lib.checkpoint_step(newest))
+        return reporting.read_result(directory)["top_1_accuracy"]
+
+    def work() -> None:
+        accuracies = {name: try_one(name) for name in trials}
+        best = max(accuracies, key=lambda name: accuracies[name])
+        logging.info("Sweep: held-out top-1 %s; %s.", accuracies, best)
+        reporting.write_json(
+            settings.model_dir,
+            "sweep.json",
+            {"held_out_top_1_accuracy": accuracies, "chosen": trials[best]},
+        )
+        run.choose("sweep", **trials[best])
+        _train(run)()
+
+    prepare(next(iter(trials)))  # before any compute: it looks at everything
     return work
 
 
@@ -1192,21 +1427,87 @@ def _check_classes(run: Run) -> None:
 def _probe(run: Run) -> Callable[[], None]:
     """Prepares the comparison of features with simple baselines."""
     settings = run.settings
-    encoders = {
-        "raw pixels": None,
-        "random encoder": model.encoder_of_images(run.networks),
-        "pretrained encoder": checkpoint_lib.load_encoder(
-            settings.checkpoint, target=settings.evaluate_target
-        ),
-    }
-    test_data = run.eval_data
+    options = probe.Options(
+        knn_k=settings.knn_k,
+        knn_temperature=settings.knn_temperature,
+        label_budgets=tuple(settings.label_budgets),
+        seeds=settings.probe_seeds,
+        max_train=settings.probe_max_train,
+    )
+    cache = settings.feature_cache or os.path.join(
+        settings.model_dir, "features"
+    )
+    with run.strategy.scope():
+        encoders = {
+            "raw pixels": None,
+            "random encoder": model.encoder_of_images(run.networks),
+            "pretrained encoder": checkpoint_lib.load_encoder(
+                settings.checkpoint, target=settings.evaluate_target
+            ),
+        }
+    probe.check_classes(run.train_data, run.eval_data)
 
     def work() -> None:
-        accuracies = probe.compare(
-            encoders, run.train_data, test_data, settings.image_size
+        results = probe.measure(
+            encoders,
+            run.train_data,
+            run.eval_data,
+            settings.image_size,
+            options,
+            cache=None if cache == _NOWHERE else cache,
+            **run.forward_options(),
         )
-        heading = f"{settings.dataset}, {test_data.num_examples} test images"
-        sys.stdout.write(probe.table(accuracies, heading) + "\n")
+        sys.stdout.write(probe.table(results) + "\n")
+        reporting.write_json(
+            settings.model_dir,
+            "probe.json",
+            results.record()
+            | {"checkpoint": settings.checkpoint, "flags": vars(settings)},
+        )
+        run_report.of_probe(run, results)
+
+    return work
+
+
+def _embed(run: Run) -> Callable[[], None]:
+    """Prepares embeddings of, or predictions for, the input's images."""
+    settings = run.settings
+    predicts = settings.mode == "predict"
+    if settings.output:
+        embed.check_output(
+            settings.output,
+            embed.PREDICTION_FORMATS if predicts else embed.EMBEDDING_FORMATS,
+        )
+    with run.strategy.scope():
+        if predicts:
+            network, classes = checkpoint_lib.load_classifier(
+                settings.checkpoint
+            )
+        else:
+            network = checkpoint_lib.load_encoder(
+                settings.checkpoint, target=settings.evaluate_target
+            )
+
+    def work() -> None:
+        outputs = features.compute_outputs(
+            network,
+            run.train_data,
+            settings.image_size,
+            **run.forward_options(),
+        )
+        images = run.train_data
+        if predicts:
+            missing = embed.write_predictions(
+                settings.output, images, outputs, classes, settings.top_k
+            )
+        else:
+            missing = embed.write_embeddings(settings.output, images, outputs)
+        logging.info(
+            "%d images written to %s, %d unreadable.",
+            len(outputs.ids),
+            settings.output or "standard output",
+            missing,
+        )
 
     return work
 

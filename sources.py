@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
+ALL = "all"  # TFDS's name for every split
 # At most this side, in pixels, is shipped whole to the device; beyond it, two
 # 224-pixel crops are the smaller parcel.
 _WHOLE_IMAGE_SIDE = 128
@@ -108,6 +109,7 @@ class Dataset:
         channels: channels of the images that streams yield.
         image_size: `(height, width)`, or None where sizes vary.
         notes: what a user should know: images skipped, layout found, ...
+        unreadable: file names of images left out, which cannot be decoded.
         undecodable: names of images a stream failed to decode; grows while
             streams run. In their place stands a grey image of label -1 and
             weight 0.
@@ -124,6 +126,7 @@ class Dataset:
     file_names: tuple[str, ...] = ()
     masks: Any = None
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
     undecodable: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -438,6 +441,8 @@ def open_folder(
     sizes = {key: len(names) for key, names in splits.items()}
     in_order = [name for names in splits.values() for name in names]
     names = [in_order[row] for row in _select(split, sizes, root)]
+    if split == ALL:
+        names.sort()
     channels = channels or 3
     paths = [os.path.join(root, name) for name in names]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -472,9 +477,10 @@ def open_folder(
                 lambda path: _decode(tf.io.read_file(path), channels), paths
             )
             images = np.stack(list(decoded))
-        return _from_arrays(
+        dataset = _from_arrays(
             root, split, images, labels, class_names, notes, list(headers)
         )
+        return dataclasses.replace(dataset, unreadable=tuple(unreadable))
     return Dataset(
         name=root,
         split=split,
@@ -485,6 +491,7 @@ def open_folder(
         image_size=size,
         file_names=tuple(headers),
         notes=tuple(notes),
+        unreadable=tuple(unreadable),
     )
 
 

@@ -7,9 +7,8 @@ between methods is a row of `methods.METHODS`.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -32,6 +31,8 @@ Batch = Mapping[str, tf.Tensor]
 Metrics = dict[str, tf.Tensor]
 Step = Callable[[Batch], Metrics]
 ViewMaker = Callable[[Batch], list[tf.Tensor]]
+# What an optimizer trains.
+_Group = tuple[Any, list[tf.Variable]]
 
 # A call of the compiled loop should take about this long, so that progress
 # shows and a signal is answered, yet the host is rarely in the way.
@@ -62,6 +63,8 @@ class TrainConfig:
         labelled: bool `[num_examples]`, whose labels the objective may see;
             None: of all that have one.
         batch_size: images a step on all replicas together.
+        accumulate_steps: parts in which each replica's images are embedded
+            in pretraining, one after another.
         num_examples: images an epoch.
         train_steps: optimizer steps in all.
         warmup_steps: steps of linear warm-up.
@@ -74,6 +77,7 @@ class TrainConfig:
         fine_tune_after_block: -1 trains all, 0 freezes the stem, 4 all but
             the classifier.
         checkpoint_steps: steps between checkpoints.
+        checkpoint_minutes: minutes between them; if not 0, instead of steps.
         keep_checkpoint_max: older checkpoints are deleted.
         summary_steps: steps between TensorBoard points; 0: none.
         steps_per_loop: steps a call of the compiled loop; 0: as many as take
@@ -96,6 +100,7 @@ class TrainConfig:
     num_classes: int = 0
     labelled: np.ndarray | None = None
     batch_size: int
+    accumulate_steps: int = 1
     num_examples: int
     train_steps: int
     warmup_steps: int
@@ -107,6 +112,7 @@ class TrainConfig:
     weight_decay: float
     fine_tune_after_block: int
     checkpoint_steps: int
+    checkpoint_minutes: float = 0.0
     keep_checkpoint_max: int
     summary_steps: int
     steps_per_loop: int
@@ -222,32 +228,21 @@ def _pretrain_step(
     optimizers: Optimizers,
     make_views: ViewMaker,
 ) -> Step:
-    critic = {
-        "temperature": config.hyperparameters.get("temperature", 1.0),
-        "hidden_norm": config.hyperparameters.get("hidden_norm", True),
-    }
+    critic = _critic_arguments(config)
     variables = _network_variables(config, networks)
     classifier_variables = _classifier_variables(networks)
-    forward = functools.partial(_forward, networks, config.num_large_views)
+
+    def embed(batch: Batch, with_target: bool) -> _Embedded:
+        return _embed(config, networks, make_views(batch), with_target)
 
     def losses(
-        batch: Batch, gather: objective.Gather
+        batch: Batch, embedded: _Embedded, gather: objective.Gather
     ) -> tuple[tf.Tensor, Metrics]:
         """Returns what is minimised, and the metrics."""
-        views = make_views(batch)
+        online, target, features, loss = embedded
         metrics: Metrics = {}
-        loss = 0.0
         if config.gradient_penalty_weight:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(views)
-                online, target, features = forward(views)
-                scores = objective.positive_scores(*online, **critic)
-            metrics["gradient_penalty"] = objective.gradient_penalty(
-                *tape.gradient(scores, views)
-            )
-            loss = config.gradient_penalty_weight * metrics["gradient_penalty"]
-        else:
-            online, target, features = forward(views)
+            metrics["gradient_penalty"] = loss / config.gradient_penalty_weight
         more: dict[str, Any] = {}
         if networks.critic:
             more["bias"] = tf.identity(networks.critic.bias)
@@ -283,21 +278,24 @@ def _pretrain_step(
             loss += probe["loss"] + _decay_loss(config, classifier_variables)
         return loss, metrics
 
+    groups = _groups(
+        (optimizers.networks, variables),
+        (optimizers.classifier, classifier_variables),
+        (optimizers.critic, _critic_variables(networks)),
+    )
+
     def step(batch: Batch) -> Metrics:
-        with tf.GradientTape() as tape:
-            loss, metrics = losses(batch, _Gather())
-            share = _replica_share(loss)
-        done = tf.identity(optimizers.networks.iterations)
-        _apply_gradients(
-            tape,
-            share,
-            [
-                (optimizers.networks, variables),
-                (optimizers.classifier, classifier_variables),
-                (optimizers.critic, _critic_variables(networks)),
-            ],
+        gradients, metrics = _gradients(
+            config,
+            networks.has_target,
+            batch,
+            embed,
+            losses,
+            [group for _, group in groups],
         )
-        if networks.target_encoder:
+        done = tf.identity(optimizers.networks.iterations)
+        _apply_gradients(gradients, groups)
+        if networks.has_target:
             metrics["target_decay"] = schedules.ema_decay(
                 done,
                 config.train_steps,
@@ -311,22 +309,165 @@ def _pretrain_step(
     return step
 
 
+def _gradients(
+    config: TrainConfig,
+    has_target: bool,
+    batch: Batch,
+    embed: Callable[[Batch, bool], "_Embedded"],
+    losses: Callable[..., tuple[tf.Tensor, Metrics]],
+    groups: list[list[tf.Variable]],
+) -> tuple[list[list[tf.Tensor]], Metrics]:
+    """Returns gradients of the loss by group, and the metrics.
+
+    With `accumulate_steps`, K, the rows are embedded in K parts, each of whose
+    activations are forgotten. The loss of all embeddings gives gradients with
+    respect to these; a second pass over the parts takes them on to the
+    weights. This is the gradient of the loss of the whole batch, but that
+    BatchNorm's statistics are those of each part.
+
+    Source: Gao et al., arXiv:2101.06983 (GradCache).
+    """
+    count = config.accumulate_steps
+    if count == 1:
+        with tf.GradientTape() as tape:
+            embedded = embed(batch, has_target)
+            loss, metrics = losses(batch, embedded, _Gather())
+            share = _replica_share(loss)
+        return tape.gradient(share, groups), metrics
+    parts: list[_Embedded] = []
+    for index in range(count):
+        rows = _rows(batch, index, count, after=parts)
+        parts.append(embed(rows, has_target))
+    whole = _joined(parts)
+    with tf.GradientTape() as tape:
+        tape.watch(whole.online)
+        if not has_target:
+            whole = whole._replace(target=whole.online[: len(whole.target)])
+        loss, metrics = losses(batch, whole, _Gather())
+        share = _replica_share(loss)
+    gradients, of_online = tape.gradient(share, (groups, whole.online))
+    for index in range(count):
+        rows = _rows(batch, index, count, after=gradients)
+        with resnet.hold_statistics(), tf.GradientTape() as tape:
+            online, _, _, penalty = embed(rows, False)
+            share = _replica_share(penalty / count) + tf.add_n(
+                [
+                    tf.reduce_sum(z * gradient)
+                    for z, gradient in zip(
+                        online, _rows(of_online, index, count), strict=True
+                    )
+                ]
+            )
+        more = tape.gradient(share, groups)
+        gradients = tf.nest.map_structure(_sum, gradients, more)
+    return gradients, metrics
+
+
+def _rows(batch: Any, index: int, count: int, after: Any = ()) -> Any:
+    """Returns every `count`-th row of all tensors, from `index` on.
+
+    These are the same images however many replicas there are. Not before
+    `after` has been computed: parts in parallel would all be in memory.
+    """
+    done = [x for x in tf.nest.flatten(after) if x is not None]
+    with tf.control_dependencies(done):
+        return tf.nest.map_structure(
+            lambda x: tf.identity(x[index::count]), batch
+        )
+
+
+def _sum(x: tf.Tensor | None, y: tf.Tensor | None) -> tf.Tensor | None:
+    """Returns the sum of gradients; None is that of what has no influence."""
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y
+
+
+class _Embedded(NamedTuple):
+    """What the networks make of a batch.
+
+    Attributes:
+        online: embeddings, `[b, d]` a view.
+        target: embeddings, `[b, d]` a large view.
+        features: the classifier's input, of all large views.
+        penalty: weighted, of the critic's gradient; a scalar.
+    """
+
+    online: list[tf.Tensor]
+    target: list[tf.Tensor]
+    features: tf.Tensor
+    penalty: tf.Tensor
+
+
+def _joined(parts: list[_Embedded]) -> _Embedded:
+    """Returns what the networks make of all rows; see `_rows`."""
+
+    def joined(views: Iterable[list[tf.Tensor]]) -> list[tf.Tensor]:
+        return [
+            tf.reshape(tf.stack(view, 1), [-1, view[0].shape[-1]])
+            for view in zip(*views, strict=True)
+        ]
+
+    num_large = len(parts[0].target)
+    return _Embedded(
+        joined(part.online for part in parts),
+        joined(part.target for part in parts),
+        tf.concat(
+            joined(tf.split(part.features, num_large) for part in parts), 0
+        ),
+        tf.add_n([part.penalty for part in parts]) / len(parts),
+    )
+
+
+def _critic_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Returns how embeddings are scored, by default by their cosine."""
+    return {
+        "temperature": config.hyperparameters.get("temperature", 1.0),
+        "hidden_norm": config.hyperparameters.get("hidden_norm", True),
+    }
+
+
+def _embed(
+    config: TrainConfig,
+    networks: model.Networks,
+    views: list[tf.Tensor],
+    with_target: bool,
+) -> _Embedded:
+    """Returns embeddings of views, and the penalty where there is one."""
+    if not config.gradient_penalty_weight:
+        return _forward(networks, config.num_large_views, views, with_target)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(views)
+        embedded = _forward(
+            networks, config.num_large_views, views, with_target
+        )
+        scores = objective.positive_scores(
+            *embedded.online, **_critic_arguments(config)
+        )
+    penalty = objective.gradient_penalty(*tape.gradient(scores, views))
+    return embedded._replace(penalty=config.gradient_penalty_weight * penalty)
+
+
 def _forward(
-    networks: model.Networks, num_large: int, views: list[tf.Tensor]
-) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
-    """Returns online and target embeddings a view, the classifier's input.
+    networks: model.Networks,
+    num_large: int,
+    views: list[tf.Tensor],
+    with_target: bool,
+) -> _Embedded:
+    """Returns embeddings of views; without the target's, online ones instead.
 
     One forward pass a size, so that BatchNorm sees those views together.
     """
     large, small = tf.concat(views[:num_large], 0), views[num_large:]
     embedding, layers = networks.embeddings(large)
     online = target = tf.split(embedding, num_large)
-    if networks.target_encoder:
+    if with_target:
         target = tf.split(networks.target_embeddings(large), num_large)
     if small:
         embedding, _ = networks.embeddings(tf.concat(small, 0))
         online = online + tf.split(embedding, len(small))
-    return online, target, layers[networks.architecture.ft_proj_selector]
+    features = layers[networks.architecture.ft_proj_selector]
+    return _Embedded(online, target, features, tf.zeros([]))
 
 
 def _loss(
@@ -356,6 +497,7 @@ def _loss(
         rows, dim = online[0].shape
         arguments["semantic_positives"] = tf.zeros([len(target), rows, 1, dim])
         arguments["has_positive"] = tf.zeros([rows], tf.bool)
+        arguments["labels"] = tf.zeros([rows], tf.int32)
     return method.loss(online, target, gather=gather, **arguments)
 
 
@@ -393,8 +535,9 @@ def _semantic_positives(
     votes, agreement = objective.pseudo_labels(
         online[: len(target)], *entries, ids, num_classes=config.num_classes
     )
+    known = tf.where(labelled, labels, votes)
     positives, has_positive = objective.draw_semantic_positives(
-        tf.where(labelled, labels, votes),
+        known,
         *entries,
         ids,
         _draws(
@@ -427,7 +570,11 @@ def _semantic_positives(
         tf.reduce_sum(counts, axis=0)
     )
     return (
-        {"semantic_positives": positives, "has_positive": has_positive},
+        {
+            "semantic_positives": positives,
+            "has_positive": has_positive,
+            "labels": known,
+        },
         {
             "pseudo_label_accuracy": tf.math.divide_no_nan(right, votes_judged),
             "vote_share": tf.math.divide_no_nan(votes_cast, unlabelled),
@@ -446,10 +593,10 @@ def _finetune_step(
     optimizers: Optimizers,
     make_views: ViewMaker,
 ) -> Step:
-    groups = [
+    groups = _groups(
         (optimizers.networks, _network_variables(config, networks)),
         (optimizers.classifier, _classifier_variables(networks)),
-    ]
+    )
 
     def step(batch: Batch) -> Metrics:
         (images,) = make_views(batch)
@@ -468,7 +615,8 @@ def _finetune_step(
             ]
             loss = metrics["loss"] + _decay_loss(config, decayed)
             share = _replica_share(loss)
-        _apply_gradients(tape, share, groups)
+        gradients = tape.gradient(share, [group for _, group in groups])
+        _apply_gradients(gradients, groups)
         return metrics | {"loss": loss}
 
     return step
@@ -553,14 +701,15 @@ def _replica_share(*losses: tf.Tensor) -> tf.Tensor:
     return tf.add_n(losses) / context.num_replicas_in_sync
 
 
+def _groups(*groups: _Group) -> list[_Group]:
+    """Returns the groups that are not empty."""
+    return [(optimizer, group) for optimizer, group in groups if group]
+
+
 def _apply_gradients(
-    tape: tf.GradientTape,
-    loss: tf.Tensor,
-    groups: list[tuple[keras.optimizers.Optimizer, list[tf.Variable]]],
+    gradients: list[list[tf.Tensor]], groups: list[_Group]
 ) -> None:
     """Lets every optimizer update its variables."""
-    groups = [(optimizer, group) for optimizer, group in groups if group]
-    gradients = tape.gradient(loss, [group for _, group in groups])
     for (optimizer, group), gradient in zip(groups, gradients, strict=True):
         optimizer.apply_gradients(zip(gradient, group, strict=True))
 
@@ -711,6 +860,7 @@ def train(
     )
     logging.info("Compiling the step (up to some minutes on a TPU) ...")
     pace = _Pace(config.steps_per_loop)
+    saved = time.monotonic()
     while step < config.train_steps:
         num_steps = min(pace.num_steps, _steps_to_save(config, step))
         started = time.monotonic()
@@ -720,10 +870,11 @@ def train(
         step += num_steps
         reporter.progress(step, loop.names, history, pace.seconds_a_step)
         stop = interrupted()
-        if stop or _steps_to_save(config, step - 1) == 1:
+        if stop or _is_due(config, step, time.monotonic() - saved):
             _check_finite_weights(networks, step)
             checkpoints.save(step)
             reporter.flush()
+            saved = time.monotonic()
         if stop and step < config.train_steps:
             raise Interrupted(f"Saved at step {step} of {config.train_steps}.")
     reporter.end()
@@ -731,8 +882,18 @@ def train(
 
 def _steps_to_save(config: TrainConfig, step: int) -> int:
     """Returns the number of steps from `step` to the next checkpoint."""
+    to_end = config.train_steps - step
+    if config.checkpoint_minutes:  # it is due when it is due
+        return to_end
     to_checkpoint = config.checkpoint_steps - step % config.checkpoint_steps
-    return min(to_checkpoint, config.train_steps - step)
+    return min(to_checkpoint, to_end)
+
+
+def _is_due(config: TrainConfig, step: int, seconds: float) -> bool:
+    """Whether to save after `step`, so many seconds after the last time."""
+    if config.checkpoint_minutes and seconds >= 60 * config.checkpoint_minutes:
+        return True
+    return _steps_to_save(config, step - 1) == 1
 
 
 class _Pace:
@@ -792,8 +953,8 @@ def evaluate(
     image_size: int,
     strategy: tf.distribute.Strategy,
     crop_proportion: float | None,
-) -> dict[str, float]:
-    """Returns top-1/top-5 accuracy and cross-entropy of the classifier.
+) -> tuple[dict[str, float], np.ndarray]:
+    """Measures top-1/top-5 accuracy and cross-entropy of the classifier.
 
     Args:
         networks: with a classifier.
@@ -804,10 +965,11 @@ def evaluate(
 
     Returns:
         `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and
-        `num_examples`.
+        `num_examples`; and, int64 `[num_examples, 3]`, each image's id, its
+        label and the class that was predicted.
     """
 
-    def replica_step(batch: Batch) -> tf.Tensor:
+    def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         images = data_util.eval_images(
             batch["image"], image_size, crop_proportion=crop_proportion
         )
@@ -822,23 +984,33 @@ def evaluate(
             tf.ones_like(loss),
         ]
         # Padding has weight 0.
-        return tf.linalg.matvec(tf.stack(columns), batch["weight"])
+        totals = tf.linalg.matvec(tf.stack(columns), batch["weight"])
+        known_id = tf.where(batch["weight"] > 0, batch["id"], -1)
+        rows = [known_id, batch["label"], tf.argmax(logits, -1)]
+        return totals, tf.stack([tf.cast(x, tf.int64) for x in rows], 1)
 
     @tf.function
-    def run(batch: Batch) -> tf.Tensor:
-        totals = strategy.run(replica_step, (batch,))
-        return strategy.reduce("SUM", totals, axis=None)
+    def run(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
+        totals, rows = strategy.run(replica_step, (batch,))
+        return (
+            strategy.reduce("SUM", totals, axis=None),
+            strategy.gather(rows, axis=0),
+        )
 
-    totals = np.zeros(4)
+    totals, rows = np.zeros(4), []
     for batch in stream:
-        totals += run(batch).numpy()
+        batch_totals, batch_rows = run(batch)
+        totals += batch_totals.numpy()
+        rows.append(batch_rows.numpy())
     top_1, top_5, loss, count = totals
-    return {
+    measured = {
         "top_1_accuracy": top_1 / count,
         "top_5_accuracy": top_5 / count,
         "loss": loss / count,
         "num_examples": int(count),
     }
+    predictions = np.concatenate(rows)
+    return measured, predictions[predictions[:, 0] >= 0]
 
 
 def freeze(config: TrainConfig, networks: model.Networks) -> None:

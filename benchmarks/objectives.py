@@ -19,9 +19,11 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
 import keras
+import numpy as np
 
 import checkpoint
 import data
+import features
 import labelled
 import model
 import probe
@@ -52,6 +54,8 @@ _OF_SIMCLR_FAMILY = {
     "wpc": [],
 }
 _LABELS_PER_CLASS = 5
+_MAX_TRAIN_EXAMPLES = 5_000
+_DRAWS = 5  # of one label a class
 _OF_MULTI_VIEW = {
     "byol": [],
     "relic": [],
@@ -61,6 +65,7 @@ _OF_MULTI_VIEW = {
         f"--labels_per_class={_LABELS_PER_CLASS}",
         "--labelled_batch_share=0.125",
     ],
+    "semppl, 50 labels a class": ["--labels_per_class=50"],
     "semppl, all labels": [],
 }
 _ROWS = {**_OF_SIMCLR_FAMILY, **_OF_MULTI_VIEW}
@@ -153,16 +158,29 @@ def measure(encoder, splits, seed: int) -> list[float]:
         splits[0], per_class=_LABELS_PER_CLASS, seed=seed
     )
     train, test = (
-        probe.compute_features(encoder, split, split.image_size[0])
+        features.compute_outputs(encoder, split, split.image_size[0])
         for split in splits
     )
+    values, test_values = probe.standardize(train.values, test.values)
+
+    def linear(rows) -> float:
+        few = values[rows], train.labels[rows]
+        predictions, _ = probe.linear_predictions(few, test_values)
+        return np.mean(predictions == test.labels)
+
+    order = np.random.default_rng(0).permutation(len(values))
     return [
-        probe.linear_accuracy(train, test),
-        probe.knn_accuracy(train, test),
-        probe.few_label_accuracy(train, test, 1),
-        probe.linear_accuracy(
-            (train[0][labelled_ids], train[1][labelled_ids]), test
+        linear(order[:_MAX_TRAIN_EXAMPLES]),
+        probe.knn_accuracy(
+            (train.values, train.labels), (test.values, test.labels)
         ),
+        np.mean(
+            [
+                linear(probe.choose_labels(train.labels, "1", draw))
+                for draw in range(_DRAWS)
+            ]
+        ),
+        linear(labelled_ids),
     ]
 
 

@@ -55,6 +55,7 @@ def architecture(objective):
         heads["queue_shape"] = (2, 2 * _BATCH_SIZE)
     if objective == "siglip":
         heads["learnable_temperature"] = True
+        heads["target_bn"] = "average"
     return model.Architecture(
         **{
             "resnet_depth": 10,
@@ -108,6 +109,8 @@ def config(objective, optimizer):
         num_classes=16,
         labelled=labelled,
         batch_size=_BATCH_SIZE,
+        # In two parts where nothing else is particular.
+        accumulate_steps=2 if objective == "js" else 1,
         num_examples=40,
         train_steps=100,
         warmup_steps=0,
@@ -138,6 +141,18 @@ def few_photo_patches():
     )
 
 
+def predictions(networks, dataset, strategy):
+    """What the classifier says of each image; the last batch is not full."""
+    stream = strategy.distribute_datasets_from_function(
+        lambda context: data.eval_stream(
+            dataset,
+            batch_size=_BATCH_SIZE,
+            num_replicas=context.num_replicas_in_sync,
+        )
+    )
+    return trainer.evaluate(networks, stream, 32, strategy, None)[1]
+
+
 def main(num_replicas, out_path, cases):
     strategy = devices.make_strategy(use_tpu=False, cpu_replicas=num_replicas)
     dataset, out = few_photo_patches(), {}
@@ -146,11 +161,12 @@ def main(num_replicas, out_path, cases):
         objective, optimizer = case.split(":")
         keras.utils.set_random_seed(0)
         # One with the real encoder, under either number of replicas.
-        model.build_encoder = (
-            build_encoder if case == "simclr:momentum" else small_encoder
-        )
+        is_real = case == "simclr:momentum"
+        model.build_encoder = build_encoder if is_real else small_encoder
         with strategy.scope():
-            networks = model.build_networks(architecture(objective))
+            networks = model.build_networks(
+                architecture(objective), remat=is_real
+            )
         variables = {
             f"{name}/{v.path}": v
             for name, part in networks.models().items()
@@ -159,6 +175,8 @@ def main(num_replicas, out_path, cases):
         for path, variable in variables.items():
             out[f"{case}|{path}|0"] = variable.numpy()
         run = config(objective, optimizer)
+        if case == "simclr:momentum":
+            out["predictions"] = predictions(networks, dataset, strategy)
         with strategy.scope():
             optimizers = trainer.build_optimizers(run, networks)
         stream = strategy.distribute_datasets_from_function(

@@ -200,6 +200,27 @@ def test_the_target_starts_as_a_copy_and_follows_by_its_decay():
             assert set(np.unique(variable)) <= {0.0, 1.0}
 
 
+def test_a_target_of_averaged_statistics_is_in_inference_mode():
+    networks = model.build_networks(
+        _architecture(target_network=True, target_bn="average")
+    )
+    norm, average = (
+        encoder.get_layer("initial_bn")
+        for encoder in (networks.encoder, networks.target_encoder)
+    )
+    norm.moving_mean.assign(norm.moving_mean + 2.0)
+    images = tf.random.stateless_uniform([4, 16, 16, 3], [0, 1])
+    before = networks.target_embeddings(images).numpy()
+    np.testing.assert_array_equal(average.moving_mean, 0.0)
+    networks.update_target(tf.constant(0.75))
+    np.testing.assert_allclose(average.moving_mean, 0.5)
+    after = networks.target_embeddings(images).numpy()
+    assert np.abs(after - before).max() > 1e-3
+    # No image of the batch has a say in another's embedding.
+    alone = networks.target_embeddings(images[:1]).numpy()
+    np.testing.assert_allclose(after[:1], alone, atol=1e-5)
+
+
 def test_target_embeddings_have_no_gradient_and_statistics_of_their_own():
     networks = model.build_networks(_architecture(target_network=True))
     images = tf.random.stateless_uniform([4, 16, 16, 3], [0, 1])

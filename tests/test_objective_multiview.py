@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of many views equal reference numbers and the papers' formulas."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -130,18 +131,23 @@ class _Loops:
             return -log_p[0], _kl(log_p, column, kl_grad)
         return -log_p[0], _kl(column, log_p, kl_grad)
 
-    def semantic(self, a, c, i, positives):
-        """Returns NLL and KL of one pair and row with semantic positives."""
+    def semantic(self, a, c, i, positives, others):
+        """Returns NLL and KL of one pair and row with semantic positives.
+
+        `others` are the images whose positives stand for their targets.
+        """
         nll = kl = 0.0
         teacher = (a + 1) % len(self.target)
         chosen = self.negatives[a, c][i]
-        for z in tf.unstack(_unit(positives[c][i])):
-            log_s = self.p(self.online[a], self.target[c], i, chosen, z)
+        for draw, z in enumerate(tf.unstack(_unit(positives[c][i]))):
+            candidates = [
+                _unit(positives[c][j][draw]) if j in others else t
+                for j, t in enumerate(tf.unstack(self.target[c]))
+            ]
+            log_s = self.p(self.online[a], candidates, i, chosen, z)
             nll -= log_s[0]
             if teacher != a:
-                log_t = self.p(
-                    self.online[teacher], self.target[c], i, chosen, z
-                )
+                log_t = self.p(self.online[teacher], candidates, i, chosen, z)
                 kl += _kl(log_t, log_s, "sg_p")
         return nll / len(positives[c][i]), kl / len(positives[c][i])
 
@@ -448,9 +454,23 @@ def test_siglip_equals_loops_over_the_formula():
     ("num_large", "num_small", "num_negatives"),
     [(2, 1, 0), (2, 1, 2), (3, 1, 2), (1, 1, 0)],
 )
-@pytest.mark.parametrize("semantic_invariance", [True, False])
+@pytest.mark.parametrize(
+    ("semantic_invariance", "sempos_negatives", "drop"),
+    [
+        (True, "targets", False),
+        (False, "targets", False),
+        (True, "sempos", False),
+        (True, "targets", True),
+        (True, "sempos", True),
+    ],
+)
 def test_semppl_equals_loops_over_the_formula(
-    num_large, num_small, num_negatives, semantic_invariance
+    num_large,
+    num_small,
+    num_negatives,
+    semantic_invariance,
+    sempos_negatives,
+    drop,
 ):
     batch, k = 4, 2
     online, target = _views(num_large, num_small, batch)
@@ -464,6 +484,12 @@ def test_semppl_equals_loops_over_the_formula(
         rng.normal(size=(num_large, batch, k, 4)), tf.float32
     )
     has_positive = tf.constant([True, False, True, True])
+    labels = tf.constant([5, -1, 5, -1])  # what is unknown is not the same
+    others = [0, 2, 3] if sempos_negatives == "sempos" else []
+    if drop:
+        for rows in negatives.values():
+            rows[0] = [j for j in rows[0] if j != 2]
+            rows[2] = [j for j in rows[2] if j != 0]
     kl = {"kl_form": "swap", "kl_small": "transpose", "kl_grad": "sg_p"}
 
     def loops(positives, *views):
@@ -475,7 +501,7 @@ def test_semppl_equals_loops_over_the_formula(
         for (a, c), i in itertools.product(pairs, range(batch)):
             nll, divergence = semppl.pair(a, c, i, **kl)
             if has_positive[i]:
-                more = semppl.semantic(a, c, i, positives)
+                more = semppl.semantic(a, c, i, positives, others)
                 nll += 0.2 * more[0]
                 divergence += more[1] if semantic_invariance else 0.0
             loss += (0.3 * nll + 5 * divergence) / batch
@@ -491,6 +517,9 @@ def test_semppl_equals_loops_over_the_formula(
             invariance_weight=5.0,
             semantic_weight=0.2,
             semantic_invariance=semantic_invariance,
+            sempos_negatives=sempos_negatives,
+            drop_same_label_negatives=drop,
+            labels=labels,
             num_negatives=num_negatives,
             draws=draws,
             contrastive_weight=0.3,
@@ -776,10 +805,10 @@ def test_draws_of_semantic_positives_pass_no_gradient():
 def _replica_gather(global_views, replica, rows):
     """The `gather` of a replica that holds the given rows of known views."""
 
-    def gather(z):
+    def gather(z, known=()):
         matching = [
             view
-            for view in global_views
+            for view in (*global_views, *known)
             if np.array_equal(view[rows * replica : rows * (replica + 1)], z)
         ]
         assert len(matching) == 1
@@ -793,6 +822,7 @@ def _losses(batch):
     draws = _draws(6, batch, 3)
     positives = _draws(2, batch, 2, 4, seed=7) - 0.5
     has_positive = tf.constant(np.arange(batch) % 4 == 0)
+    labels = tf.range(batch) % 3 - 1
 
     def relic(o, t, gather, rows):
         return objective.relic_loss(
@@ -817,6 +847,20 @@ def _losses(batch):
             draws=draws[:, rows],
         )  # fmt: skip
 
+    def semppl_options(o, t, gather, rows):
+        known = [
+            labels,
+            tf.cast(has_positive, tf.float32),
+            # As the loss gathers them.
+            tf.math.l2_normalize(tf.stack(tf.unstack(positives), 1), -1),
+        ]
+        gather = gather and functools.partial(gather, known=known)
+        return objective.semppl_loss(
+            o, t, positives[:, rows], has_positive[rows], gather=gather,
+            temperature=_T, invariance_weight=5.0, labels=labels[rows],
+            sempos_negatives="sempos", drop_same_label_negatives=True,
+        )  # fmt: skip
+
     def byol(o, t, gather, _):
         return objective.byol_loss(o, t, gather=gather)
 
@@ -826,11 +870,20 @@ def _losses(batch):
         "relic_transpose": relic_transpose,
         "siglip": siglip,
         "semppl": semppl,
+        "semppl_options": semppl_options,
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["byol", "relic", "relic_transpose", "siglip", "semppl"]
+    "name",
+    [
+        "byol",
+        "relic",
+        "relic_transpose",
+        "siglip",
+        "semppl",
+        "semppl_options",
+    ],
 )
 def test_replicas_average_to_the_global_loss_and_gradient(name):
     batch = 8
@@ -961,5 +1014,9 @@ def test_bad_arguments_of_semppl_are_refused():
         loss(good, semantic_weight=-1.0)
     with pytest.raises(ValueError, match=r"`invariance_weight` must not"):
         loss(good, invariance_weight=-1.0)
+    with pytest.raises(ValueError, match=r"`sempos_negatives` must be one of"):
+        loss(good, sempos_negatives="views")
+    with pytest.raises(ValueError, match=r"negatives` needs `labels`"):
+        loss(good, drop_same_label_negatives=True)
     with pytest.raises(ValueError, match=r"There are 4 other images"):
         objective.sample_negatives(_draws(5, 5), 5, 0)

@@ -51,6 +51,14 @@ def runs(tmp_path_factory):
     return {1: one, 2: two, 4: _finish(*_start(4, folder, _CASES_OF_FOUR))}
 
 
+def test_replicas_predict_as_one_device(runs):
+    one, two = (runs[i]["predictions"] for i in (1, 2))
+    assert one.shape == (40, 3)
+    np.testing.assert_array_equal(one[:, 0], np.arange(40))
+    assert len(np.unique(one[:, 2])) > 1
+    np.testing.assert_array_equal(two[np.argsort(two[:, 0])], one)
+
+
 @pytest.mark.parametrize(
     ("num_replicas", "case"),
     [(2, case) for case in _CASES] + [(4, case) for case in _CASES_OF_FOUR],
@@ -75,7 +83,8 @@ def test_replicas_equal_one_device(runs, num_replicas, case):
             # Relative to how far the variable has moved since the start.
             share = {"0": 0.0, "1": 5e-3, "3": 2e-2}[step]
             moved = np.linalg.norm(expected - one[f"{case}|{what}|0"])
-            rounding = 1e-7 * np.linalg.norm(expected) + 1e-9
+            # A bias before BatchNorm moves by rounding alone.
+            rounding = 1e-7 * np.linalg.norm(expected) + 5e-9
             assert np.linalg.norm(error) <= share * moved + rounding, key
         compared += 1
     assert compared > 20

@@ -2,8 +2,12 @@
 """Pictures and lines that a run shows."""
 
 import json
+import time
 
 import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.plugins.projector import projector_plugin
 
 import reporting
 
@@ -68,3 +72,73 @@ def test_lines_in_a_log(tmp_path, monkeypatch):
         "step 4/4, epoch 2.00, 20 images/s, probe 0.25, loss 1.5, 0:00:00 left"
     )
     assert not list(tmp_path.iterdir())
+
+
+def _record(directory, first, last, loss):
+    """Records steps from `first` + 1 to `last`, as a run does."""
+    reporter = reporting.Reporter(
+        str(directory),
+        train_steps=10,
+        batch_size=10,
+        num_examples=20,
+        summary_steps=1,
+        learning_rate=lambda step: step / 8,
+        preview=lambda step: [np.full((2, 96, 96, 3), step / 8)],
+    )
+    reporter.start(first)
+    history = np.full((last - first, 1), loss, np.float32)
+    reporter.progress(last, ["loss"], history, 0.5)
+    reporter.end()
+
+
+def test_events_are_read_without_what_a_resume_made_void(tmp_path):
+    _record(tmp_path, 0, 6, 1.5)
+    time.sleep(1.0)  # files are told apart by the second
+    _record(tmp_path, 4, 8, 0.5)  # goes on from a checkpoint at step 4
+    events = reporting.read_events(str(tmp_path))
+    losses = [1.5] * 4 + [0.5] * 4
+    np.testing.assert_array_equal(
+        events.scalars["train/loss"], [*zip(range(1, 9), losses, strict=True)]
+    )
+    assert events.views_step == 4
+    picture = tf.io.decode_png(events.views).numpy()
+    np.testing.assert_array_equal(picture, np.full((96, 192, 3), 127))
+    assert 0 < events.seconds < 60
+
+
+def test_a_directory_without_events_has_none(tmp_path):
+    for directory in (tmp_path, tmp_path / "none"):
+        events = reporting.read_events(str(directory))
+        assert events == ({}, None, 0, 0.0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 9, 10])
+def test_sprite_has_the_images_row_by_row(count):
+    images = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3))
+    picture = reporting.sprite(images.astype(np.uint8))
+    columns = picture.shape[1] // 4
+    assert picture.shape[0] // 4 in (columns, columns - 1)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = picture[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        np.testing.assert_array_equal(tile, image)
+
+
+def test_projector_is_what_tensorboard_reads(tmp_path):
+    embeddings = np.random.default_rng(0).normal(size=(5, 3))
+    reporting.write_projector(
+        str(tmp_path),
+        embeddings,
+        np.zeros((5, 8, 8, 3), np.uint8),
+        {"class": ["a", "b\tc\n", "d", "\udcff", "f"], "image": list("12345")},
+    )
+    got = projector_plugin._read_tensor_tsv_file(
+        str(tmp_path / "projector" / "embeddings.tsv")
+    )
+    np.testing.assert_allclose(got, embeddings, rtol=1e-4)
+    lines = (tmp_path / "projector" / "metadata.tsv").read_text().splitlines()
+    assert lines == ["class\timage", "a\t1", "b c\t2", "d\t3", "?\t4", "f\t5"]
+    config = (tmp_path / "projector_config.pbtxt").read_text()
+    for name in ("embeddings.tsv", "metadata.tsv", "sprite.png"):
+        assert f'"projector/{name}"' in config
+    assert config.count("single_image_dim: 8") == 2

@@ -3,6 +3,7 @@
 
 import inspect
 import itertools
+import os
 import pathlib
 import subprocess
 import sys
@@ -713,3 +714,81 @@ if __name__ == "__main__":
         [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[1]),
     )
     np.savez(sys.argv[2], **_run_replicas(int(sys.argv[1])))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_recomputing_changes_neither_gradients_nor_statistics(jit_compile):
+    images = tf.random.stateless_uniform([8, 16, 16, 3], [0, 1])
+    found = []
+    for recompute in (False, True):
+        keras.utils.set_random_seed(0)
+        network = resnet.resnet(10, width_multiplier=0.125, stem="cifar")
+        call = network
+        if recompute:
+            call = resnet.recomputing(network)
+
+        @tf.function(jit_compile=jit_compile)
+        def step(images, call=call, network=network):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(call(images, training=True) ** 2)
+            return loss, tape.gradient(loss, network.trainable_variables)
+
+        loss, gradients = step(images)
+        found.append([loss, *gradients, *network.non_trainable_variables])
+        with resnet.hold_statistics():
+            before = [v.numpy() for v in network.non_trainable_variables]
+            network(images, training=True)
+            for a, b in zip(
+                before, network.non_trainable_variables, strict=True
+            ):
+                np.testing.assert_array_equal(a, b)
+    assert len(found[0]) > 50
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+_PEAK = """
+import resource, sys
+import tensorflow as tf
+import resnet
+
+network = resnet.resnet(34, stem="cifar")
+call = network if sys.argv[1] == "kept" else resnet.recomputing(network)
+
+
+@tf.function
+def step(images):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(call(images, training=True))
+    return tape.gradient(loss, network.trainable_variables)
+
+
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(tf.ones([128, 32, 32, 3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
+"""
+
+
+@pytest.mark.slow
+def test_recomputing_takes_less_memory():
+    root = pathlib.Path(resnet.__file__).parent
+    kept, recomputed = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", _PEAK, which],
+                env={**os.environ, "PYTHONPATH": str(root)},
+                capture_output=True,
+                check=True,
+                text=True,
+            ).stdout
+        )
+        for which in ("kept", "recomputed")
+    )
+    assert recomputed < 0.6 * kept
+
+
+def test_an_encoder_without_blocks_cannot_be_computed_again():
+    images = keras.Input((8, 8, 3))
+    network = keras.Model(images, keras.layers.Flatten()(images))
+    with pytest.raises(ValueError, match="Only the blocks of ResNets"):
+        resnet.recomputing(network)

@@ -317,6 +317,56 @@ def test_a_preset_is_of_pretraining(monkeypatch):
     assert warnings == ["--preset has no effect: it is of pretraining."]
 
 
+def test_a_preset_of_evaluation_says_what_is_trained(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(run.logging, "warning", warnings.append)
+    for preset, values in methods.EVALUATION_PRESETS.items():
+        settings, sources = _parse(
+            f"run.py --preset={preset} --checkpoint=none --momentum=0.8"
+        )
+        for name, value in values.items():
+            if name != "momentum":
+                assert getattr(settings, name) == value, (preset, name)
+                assert sources[name] == f"preset {preset}"
+        assert settings.train_mode == "finetune"
+        assert settings.momentum == 0.8
+    assert not warnings
+    with pytest.raises(ValueError, match="train_mode=finetune"):
+        _parse(
+            "run.py --preset=linear_eval_byol --checkpoint=none "
+            "--train_mode=pretrain"
+        )
+
+
+@pytest.mark.parametrize(
+    ("flag", "rates", "epochs"),
+    [
+        ("", (0.01, 0.02, 0.05, 0.1, 0.005), (30, 50)),
+        ("--learning_rate=0.2", (), (30, 50)),
+        ("--train_epochs=3", (0.01, 0.02, 0.05, 0.1, 0.005), ()),
+        ("--train_steps=3", (0.01, 0.02, 0.05, 0.1, 0.005), ()),
+        ("--sweep_learning_rate=1,2 --learning_rate=3", (1, 2), (30, 50)),
+    ],
+)
+def test_what_is_given_is_not_searched_for(flag, rates, epochs):
+    settings, _ = _parse(
+        f"run.py --preset=semi_supervised_byol_1pct --checkpoint=none {flag}"
+    )
+    assert settings.sweep_learning_rate == rates
+    assert settings.sweep_train_epochs == epochs
+
+
+def test_flags_of_another_mode_are_reported(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(run.logging, "warning", warnings.append)
+    _parse("run.py --knn_k=5 --top_k=2 --held_out_examples=7")
+    assert warnings == [
+        "--knn_k has no effect: it is of --mode=probe.",
+        "--top_k has no effect: it is of --mode=predict.",
+        "--held_out_examples has no effect: it is of fine-tuning.",
+    ]
+
+
 def test_flags_that_idle_beside_others_are_reported(monkeypatch):
     warnings = []
     monkeypatch.setattr(run.logging, "warning", warnings.append)

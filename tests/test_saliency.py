@@ -240,8 +240,16 @@ def test_masks_in_memory_are_read_and_reported(loaded):
     np.testing.assert_array_equal(dataset.masks, expected)
     report = data.describe(dataset)
     assert "masks of 11 images (1 implausible), none of 1;" in report
-    report = data.describe(loaded(memory_limit=0))
-    assert "masks of 11 images (implausible ones are found" in report
+
+
+def test_implausible_masks_on_the_host_are_counted_once(loaded, caplog):
+    dataset = loaded(memory_limit=0)
+    assert "masks of 11 images (implausible ones are" in data.describe(dataset)
+    view = data_util.Augmentation(mask_probability=1.0, **_WHOLE_CROP, **_PLAIN)
+    with caplog.at_level("INFO"):
+        _stream(dataset, (view, view), num_steps=4)  # two epochs
+    assert dataset.masks.ids == {4}
+    assert caplog.text.count("Implausible masks so far: 1, the last of ex") == 1
 
 
 def test_masks_are_estimated_in_memory(loaded, monkeypatch):

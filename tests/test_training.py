@@ -21,7 +21,11 @@ from tensorboard.backend.event_processing import (
     plugin_event_accumulator as event_accumulator,
 )
 
+import data
+import labelled
 import methods
+import model
+import resnet
 import run
 import trainer
 
@@ -177,6 +181,12 @@ def test_a_second_process_evaluates_until_training_is_done(killed, whole):
     assert got["num_examples"] == 2000
     assert got["global_step"] == _STEPS
     assert 0 < got["top_1_accuracy"] < got["top_5_accuracy"] <= 1
+    # It is in the report, too, which training ended with.
+    page = (whole / "report.html").read_text()
+    assert f"<b>{100 * got['top_1_accuracy']:.1f}</b>" in page
+    for title in ("Pretraining", "Map of embeddings", "Confusion"):
+        assert f"<h2>{title}</h2>" in page
+    assert "Left out" not in page
     events = event_accumulator.EventAccumulator(
         str(killed[0] / "eval"), {"tensors": 0}
     )
@@ -395,6 +405,66 @@ def test_pretraining_from_a_checkpoint_starts_its_target_there(
     assert compared > 40
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        # A penalty, a trained critic, a queue and small views; the others.
+        name
+        if name in ("wpc", "siglip", "semppl")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in methods.METHODS
+    ],
+)
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    objective, monkeypatch
+):
+    """Exactly, where BatchNorm is frozen: then rows do not know each other."""
+    monkeypatch.setattr(model, "build_encoder", replica_run.small_encoder)
+    dataset = replica_run.few_photo_patches()
+    moved, metrics = [], []
+    for parts in (1, 2):
+        keras.utils.set_random_seed(0)
+        networks = model.build_networks(replica_run.architecture(objective))
+        for part in networks.models().values():
+            for layer in getattr(part, "layers", ()):
+                if isinstance(layer, resnet.GlobalBatchNorm):
+                    layer.trainable = False
+        config = dataclasses.replace(
+            replica_run.config(objective, "momentum"),
+            peak_learning_rate=1e-2,
+            accumulate_steps=parts,
+        )
+        optimizers = trainer.build_optimizers(config, networks)
+        strategy = tf.distribute.get_strategy()
+        loop = trainer.CompiledLoop(
+            strategy, trainer.build_step(config, networks, optimizers), False
+        )
+        before = {
+            f"{name}/{v.path}": v.numpy()
+            for name, part in networks.models().items()
+            for v in part.variables
+        }
+        stream = data.train_stream(
+            dataset,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            views=config.views,
+        )
+        metrics.append(loop(iter(stream), 2))
+        moved.append(
+            {
+                f"{name}/{v.path}": v.numpy() - before[f"{name}/{v.path}"]
+                for name, part in networks.models().items()
+                for v in part.variables
+            }
+        )
+    np.testing.assert_allclose(*metrics, rtol=1e-3, atol=1e-4)
+    assert sum(np.any(change) for change in moved[0].values()) > 5
+    for path, change in moved[0].items():
+        error = np.linalg.norm(moved[1][path] - change)
+        assert error <= 1e-2 * np.linalg.norm(change) + 5e-9, path
+
+
 def test_every_objective_has_a_row_and_an_alias_points_to_one():
     assert set(methods.ALIASES.values()) <= set(methods.METHODS)
 
@@ -414,6 +484,8 @@ def semppl(tmp_path_factory):
         "--num_small_views=1",
         "--proj_hidden_dim=16",
         "--queue_size=40",
+        "--sempos_negatives=sempos",
+        "--drop_same_label_negatives",
         "--steps_per_loop=1",
         "--train_summary_steps=1",
         "--train_steps=8",
@@ -430,8 +502,11 @@ def semppl(tmp_path_factory):
             patched.setattr(run._Signals, "received", signal.SIGTERM)
             code = _main(f"--model_dir={folder / 'stopped'}", *words)
             assert code == 128 + signal.SIGTERM
-        for name in ("stopped", "whole"):
-            assert _main(f"--model_dir={folder / name}", *words) == 0
+            patched.undo()
+            # The choice is read back, not made again from all labels.
+            patched.setattr(labelled, "choose", None)
+            assert _main(f"--model_dir={folder / 'stopped'}", *words) == 0
+        assert _main(f"--model_dir={folder / 'whole'}", *words) == 0
     return folder / "stopped", folder / "whole"
 
 
