@@ -237,8 +237,8 @@ def _compare(
         if not share <= TOLERANCE:  # so that NaN is too far
             raise CannotExport(
                 f"{output} in {runtime} is off by {difference:.1e}, "
-                f"{share:.1e} of its largest value; at most {TOLERANCE:g} "
-                "is rounding"
+                f"{share:.1e} of its largest value. Rounding is up to "
+                f"{TOLERANCE:g}, unless the network was hardly trained"
             )
         largest = max(largest, float(difference))
         relative = max(relative, float(share))

@@ -412,8 +412,12 @@ def test_an_export_without_a_tensor_is_refused(tmp_path):
 def test_larger_networks_in_all_formats_that_can(tmp_path, changes):
     pytest.importorskip("tf2onnx")
     formats = ["saved_model", "keras", "onnx", "safetensors"]
-    card = export.write(
-        _networks(**changes), str(tmp_path), formats, _images(), {}
-    )
+    networks = _networks(**changes)
+    for variable in networks.encoder.variables:
+        # With large residual branches, a fresh EfficientNet amplifies rounding.
+        if variable.path.endswith("project_bn/gamma"):
+            variable.assign(0.1 * variable)
+    card = export.write(networks, str(tmp_path), formats, _images(), {})
+    assert set(card["formats"]) == set(formats)
     for result in card["formats"].values():
-        assert result["relative_difference"] < 1e-5
+        assert result["relative_difference"] < export.TOLERANCE
