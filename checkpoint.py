@@ -215,15 +215,18 @@ def write_run(directory: str, run: dict[str, Any]) -> None:
 
 def run_directory(path: str) -> str:
     """Returns the run directory that a checkpoint's path names or is in."""
-    return path if tf.io.gfile.isdir(path) else os.path.dirname(path)
+    return path if tf.io.gfile.isdir(path) else os.path.dirname(path) or "."
 
 
 def read_run(path: str) -> dict[str, Any] | None:
     """Returns the `run.json` of a run directory or checkpoint prefix.
 
     That of an exported SavedModel holds the architecture alone. Returns None
-    where there is no such file.
+    where there is no such file, and for a file of weights, which may lie in
+    the directory of a run that started from it.
     """
+    if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
+        return None
     file_name = os.path.join(run_directory(path), _RUN_FILE)
     if not tf.io.gfile.exists(file_name):
         return None

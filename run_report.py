@@ -223,7 +223,7 @@ def _lineage(path: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     while path and path not in seen:
         seen.add(path)
         found = checkpoint.read_run(path)
-        if not found:
+        if not found or "flags" not in found:  # of an export
             return
         yield checkpoint.run_directory(path), found
         path = found["flags"].get("checkpoint")
