@@ -173,6 +173,9 @@ def _write(
     if runs:
         first = runs[-1]["flags"]
         title = f"{first['objective']} on {first['dataset']}"
+        if first["train_mode"] == "finetune":  # of another program's weights
+            weights = os.path.basename(first["checkpoint"] or "no weights")
+            title = f"{weights}, fine-tuned on {first['dataset']}"
         steps = [f"{one['train_steps']:,}" for one in reversed(runs)]
         facts |= {
             "Encoder": _encoder_name(**runs[0]["architecture"]),
