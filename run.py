@@ -380,7 +380,8 @@ flags.DEFINE_float(
     "pseudo_label_start_epoch",
     0.0,
     "SemPPL: epochs before pseudo-labels count, which are wrong at first; "
-    "until then, labelled images alone have semantic positives.",
+    "until then, labelled images alone have semantic positives. 2 where images "
+    "are small.",
     lower_bound=0,
 )
 flags.DEFINE_integer(
