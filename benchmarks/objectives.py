@@ -65,7 +65,18 @@ _OF_MULTI_VIEW = {
         f"--labels_per_class={_LABELS_PER_CLASS}",
         "--labelled_batch_share=0.125",
     ],
-    "semppl, 50 labels a class": ["--labels_per_class=50"],
+    "semppl, 50 labels a class": [
+        "--labels_per_class=50",
+        "--labelled_batch_share=0.125",
+        "--queue_size=800",
+    ],
+    # The same batches, without what the labels are for.
+    "semppl, none of its 50 labels": [
+        "--labels_per_class=50",
+        "--labelled_batch_share=0.125",
+        "--semantic_weight=0",
+        "--nosemantic_invariance",
+    ],
     "semppl, all labels": [],
 }
 _ROWS = {**_OF_SIMCLR_FAMILY, **_OF_MULTI_VIEW}
@@ -76,6 +87,7 @@ def main() -> None:
     """Prints a line for each row as it is done, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="photo_patches")
+    parser.add_argument("--train_split", default="train")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="not epochs")
     parser.add_argument("--seed", type=int, default=0)
@@ -83,7 +95,9 @@ def main() -> None:
     parser.add_argument("--out", default="runs/objectives", help="a folder")
     args, more = parser.parse_known_args()
 
-    splits = [data.load(args.dataset, split) for split in ("train", "test")]
+    splits = [
+        data.load(args.dataset, split) for split in (args.train_split, "test")
+    ]
     lines = [
         f"| {args.dataset} | {' | '.join(_COLUMNS)} | minutes |",
         "|---" * (len(_COLUMNS) + 2) + "|",
@@ -126,6 +140,7 @@ def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
         str(_ROOT / "run.py"),
         f"--objective={row.split(',')[0]}",
         f"--dataset={args.dataset}",
+        f"--train_split={args.train_split}",
         f"--train_epochs={args.epochs}",
         f"--train_steps={args.steps}",
         f"--seed={args.seed}",
