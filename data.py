@@ -373,7 +373,14 @@ def train_stream(
     plan = _Plan(dataset.num_examples, *layout, *steps, dataset.ids)
     if labelled_ids is not None or labelled_per_batch:
         plan = _with_labelled(dataset, plan, labelled_ids, labelled_per_batch)
-    return _stream(dataset, plan, crop, is_masked)
+    stream = _stream(dataset, plan, crop, is_masked)
+    if num_steps < _FOREVER:
+        return stream
+    # Otherwise, several hosts ask each other at every step whether it ends,
+    # and do not know the size of a batch.
+    return stream.apply(
+        tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    )
 
 
 def _background_remover(

@@ -58,10 +58,18 @@ class Run:
         settings: the flags in force; what depends on the data, such as
             image_size, channels and stem, is resolved.
         strategy: where steps run.
+        is_chief: whether this process writes files; of several machines, one.
         train_data: the training split.
     """
 
-    def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sources: dict[str, str],
+        *,
+        first_alone: bool = False,
+    ) -> None:
+        """`first_alone`: whether only the first of the devices is used."""
         self.settings = settings
         self._sources = sources
         settings.model_dir = settings.model_dir or os.path.join(
@@ -69,20 +77,54 @@ class Run:
             f"{settings.train_mode}-{settings.objective}-"
             + os.path.basename(settings.dataset.rstrip("/")),
         )
+        self._choose_strategy()
         self._set_numerics()
-        self.strategy = devices.make_strategy(
-            use_tpu=settings.use_tpu,
-            tpu_name=settings.master or settings.tpu_name,
-            tpu_zone=settings.tpu_zone,
-            gcp_project=settings.gcp_project,
-            cpu_replicas=settings.cpu_replicas,
-        )
+        self.strategy = self._make_strategy(first_alone)
+        self.is_chief = devices.is_chief(self.strategy)
         if settings.jit_compile is None:
             alone = self.strategy.num_replicas_in_sync == 1
             settings.jit_compile = alone and devices.has_gpu()
         self.train_data = self._load_train_data()
         self._settle()
         self._log_settings()
+
+    def _choose_strategy(self) -> None:
+        """Resolves what the flags say of devices."""
+        settings = self.settings
+        gpus = tf.config.list_physical_devices("GPU")
+        settings.strategy = devices.choose_strategy(
+            settings.strategy,
+            use_tpu=settings.use_tpu,
+            tpu_named=bool(settings.master or settings.tpu_name),
+            num_gpus=len(gpus),
+            cpu_replicas=settings.cpu_replicas,
+        )
+        settings.use_tpu = settings.strategy == "tpu"
+        if settings.use_tpu and settings.cpu_replicas > 1:
+            raise ValueError("--cpu_replicas is for runs without a TPU.")
+        several = settings.strategy == "multi_worker"
+        trains = settings.mode in ("train", "train_then_eval", "selftest")
+        sweeps = settings.sweep_learning_rate or settings.sweep_train_epochs
+        if several and (sweeps or not (trains or settings.dry_run)):
+            raise ValueError(
+                "Several machines train; "
+                f"{'a sweep' if sweeps else f'--mode={settings.mode}'} is of "
+                "one: --strategy=mirrored or one_device."
+            )
+
+    def _make_strategy(self, first_alone: bool) -> tf.distribute.Strategy:
+        settings = self.settings
+        if settings.dry_run:
+            return devices.host_only()
+        return devices.make_strategy(
+            settings.strategy,
+            tpu_name=settings.master or settings.tpu_name,
+            tpu_zone=settings.tpu_zone,
+            gcp_project=settings.gcp_project,
+            tpu_wait_minutes=settings.tpu_wait_minutes,
+            cpu_replicas=settings.cpu_replicas,
+            first_alone=first_alone,
+        )
 
     def _set_numerics(self) -> None:
         """Sets TensorFlow up; before anything else is done with it."""
@@ -334,7 +376,8 @@ class Run:
             "split": dataset.split,
             "train_mode": settings.train_mode,
         }
-        reporting.write_result(settings.model_dir, result, step)
+        if self.is_chief:
+            reporting.write_result(settings.model_dir, result, step)
         logging.info(
             "Step %d, %s %s: top-1 %.2f %%, top-5 %.2f %% of %d images.",
             step,
@@ -372,6 +415,8 @@ class Run:
         now = json.loads(json.dumps(now))  # tuples become lists, as when read
         if before and tf.train.latest_checkpoint(settings.model_dir):
             _compare_runs(settings.model_dir, before, now)
+        if not self.is_chief:
+            return
         # First the ids: where there is a `run.json`, they are there.
         if self.labelled_ids is not None:
             labelled.write(settings.model_dir, self.labelled_ids)
@@ -411,7 +456,11 @@ def make_architecture(
 ) -> model.Architecture:
     """Returns the networks that the flags describe."""
     finetune = settings.train_mode == "finetune"
-    pretrains = not finetune and settings.mode in ("train", "train_then_eval")
+    pretrains = not finetune and settings.mode in (
+        "train",
+        "train_then_eval",
+        "selftest",
+    )
     needs_classifier = finetune or settings.lineareval_while_pretraining
     if finetune and not num_classes:
         raise ValueError(

@@ -36,17 +36,21 @@ from absl import app, flags, logging
 import checkpoint as checkpoint_lib
 import data
 import data_util
+import devices
 import embed
 import experiment
 import features
 import methods
 import model
 import objective
+import plan
 import probe
 import reporting
 import resnet
 import run_report
 import saliency
+import selftest
+import sources as sources_lib
 import trainer
 from experiment import Run, Settings
 
@@ -55,6 +59,8 @@ FLAGS = flags.FLAGS
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
+_EXIT_DIFFERS = 1
+_EXIT_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may work again
 
 # `siglip` is `relic --use_siglip`.
 _OBJECTIVES = tuple(
@@ -64,6 +70,11 @@ _SECONDS_BETWEEN_POLLS = 5
 _IMAGES_IN_GRID = 16
 _FROM_SCRATCH = "none"  # as --checkpoint
 _NOWHERE = "none"  # as --feature_cache
+
+_WHERE_TO_LOOK = (
+    "They differ: do not train on these devices. With --global_bn=false or "
+    "--rpc_marginal_norm=local_replica that is so by definition."
+)
 
 _FLAGS_OF_LIBRARIES = frozenset(FLAGS)
 
@@ -83,11 +94,20 @@ def _by_method(name: str) -> str:
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "train_then_eval", "probe", "embed", "predict"],
+    [
+        "train",
+        "eval",
+        "train_then_eval",
+        "probe",
+        "embed",
+        "predict",
+        "selftest",
+    ],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
     "--checkpoint's features with raw pixels and a random encoder; embed: "
-    "write its features of --input; predict: the classes it sees there.",
+    "write its features of --input; predict: the classes it sees there; "
+    "selftest: compare a few steps on all devices with the same on one.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -121,6 +141,11 @@ flags.DEFINE_string(
     "Run directory or checkpoint whose encoder and projection head training "
     "starts from, or which is probed, embeds or predicts; or other programs' "
     "weights, see README; none: from scratch.",
+)
+flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Print what training would be, steps, rates, sizes, and touch no device.",
 )
 flags.DEFINE_integer(
     "seed",
@@ -739,11 +764,31 @@ flags.DEFINE_enum(
 )
 
 # Devices.
-flags.DEFINE_bool("use_tpu", False, "Whether to run on a TPU.")
-flags.DEFINE_string("tpu_name", None, "Cloud TPU's name, local or grpc://...")
+flags.DEFINE_enum(
+    "strategy",
+    "auto",
+    ["auto", *devices.STRATEGIES],
+    "Devices: a TPU; several GPUs of this machine; several machines, which "
+    "TF_CONFIG names; one device. auto: the first of these that is there.",
+)
+flags.DEFINE_bool(
+    "use_tpu", None, "Whether to run on a TPU. Unset: as --strategy says."
+)
+flags.DEFINE_string(
+    "tpu_name",
+    None,
+    "Cloud TPU's name, local or grpc://... Unset: the environment variable "
+    "TPU_NAME, or local.",
+)
 flags.DEFINE_string("tpu_zone", None, "Its zone. Unset: from the metadata.")
 flags.DEFINE_string("gcp_project", None, "Its project. Unset: as above.")
 flags.DEFINE_string("master", None, "Address of the TPU, instead of its name.")
+flags.DEFINE_float(
+    "tpu_wait_minutes",
+    20.0,
+    "How long to wait for a named TPU to be ready.",
+    lower_bound=0,
+)
 flags.DEFINE_integer(
     "cpu_replicas",
     1,
@@ -890,7 +935,13 @@ def main(argv: Sequence[str]) -> None:
         "predict": _embed,
     }
     try:
-        run = Run(*resolve_flags())
+        settings, sources = resolve_flags()
+        if settings.mode == "selftest":
+            sys.exit(_selftest(settings, sources))
+        run = Run(settings, sources)
+        if settings.dry_run:
+            sys.stdout.write(plan.describe(run))
+            return
         sweeps = (
             run.settings.sweep_learning_rate or run.settings.sweep_train_epochs
         )
@@ -900,10 +951,21 @@ def main(argv: Sequence[str]) -> None:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
         work()
+    except trainer.HostsDisagree as error:
+        _exit(_EXIT_USAGE, f"Error: {error}")
     except trainer.TrainingDiverged as error:
         _exit(_EXIT_DIVERGED, f"Training stopped: {error}")
     except trainer.Interrupted as error:
-        _exit(128 + _Signals.received, f"Interrupted. {error}")
+        # Another machine may have been told, not this one.
+        number = _Signals.received or signal.SIGTERM
+        _exit(128 + number, f"Interrupted. {error}")
+    except devices.LOST as error:
+        _exit(
+            _EXIT_LOST,
+            "Lost the TPU or another machine, perhaps to preemption: "
+            f"{_one_paragraph(error)}\nThe same command, on all machines, goes "
+            "on from the last checkpoint.",
+        )
 
 
 def _set_up_log() -> None:
@@ -1059,8 +1121,6 @@ def _check(settings: Settings) -> None:
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
     _check_inputs(settings)
-    if settings.use_tpu and settings.cpu_replicas > 1:
-        raise ValueError("--cpu_replicas is for runs without a TPU.")
     if settings.use_siglip and settings.objective != "siglip":
         raise ValueError("--use_siglip is a loss of --objective=relic.")
     views = settings.num_large_views, settings.num_small_views
@@ -1082,6 +1142,8 @@ def _check(settings: Settings) -> None:
 
 def _check_inputs(settings: Settings) -> None:
     """Raises ValueError where a mode lacks what it is to read or write."""
+    if settings.mode == "selftest" and settings.train_mode != "pretrain":
+        raise ValueError("--mode=selftest is of --train_mode=pretrain.")
     reads = settings.mode in ("probe", "embed", "predict")
     given = settings.checkpoint
     if reads and given in (None, "", _FROM_SCRATCH):
@@ -1231,6 +1293,7 @@ def _train(run: Run) -> Callable[[], None]:
         checkpoints = checkpoint_lib.TrainingCheckpoints(
             settings.model_dir,
             max_to_keep=config.keep_checkpoint_max,
+            saves=run.is_chief,
             optimizer=optimizers.networks,
             classifier_optimizer=optimizers.classifier,
             critic_optimizer=optimizers.critic,
@@ -1261,7 +1324,7 @@ def _train(run: Run) -> Callable[[], None]:
         train_steps=config.train_steps,
         batch_size=config.batch_size,
         num_examples=config.num_examples,
-        summary_steps=config.summary_steps,
+        summary_steps=config.summary_steps if run.is_chief else 0,
         learning_rate=trainer.learning_rate_schedule(config),
         preview=lambda step: _sample_views(make_stream, config, step),
     )
@@ -1287,6 +1350,21 @@ def _train(run: Run) -> Callable[[], None]:
             run_report.of_classifier(run, *run.evaluate(config.train_steps))
 
     return work
+
+
+def _selftest(settings: Settings, sources: dict[str, str]) -> int:
+    """Compares all devices with one; returns the exit code."""
+    if sources["dataset"] == "default":
+        settings.dataset = sources_lib.PHOTO_PATCHES
+    found = selftest.compare(settings, sources)
+    agree = all(row.holds for row in found.agreements)
+    sys.stdout.write(
+        f"{settings.objective}, {settings.encoder} {settings.resnet_depth}, "
+        f"batch {found.batch_size}: {found.devices} beside one device.\n"
+        f"{selftest.table(found.agreements)}\n"
+        f"{'They are the same computation.' if agree else _WHERE_TO_LOOK}\n"
+    )
+    return 0 if agree else _EXIT_DIFFERS
 
 
 def _sweep(run: Run) -> Callable[[], None]:
