@@ -80,7 +80,7 @@ def _per_core(config: trainer.TrainConfig, replicas: int | None) -> str:
         return f"{config.batch_size // replicas:,}" + more
     return (
         ", ".join(
-            f"{config.batch_size // cores:,} of {cores}"
+            f"{config.batch_size // cores:,} with {cores}"
             for cores in _SLICES
             if config.batch_size % (cores * parts) == 0
         )

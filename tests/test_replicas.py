@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several replicas are the same computation as one, for every objective."""
 
-import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
+import cluster
 import numpy as np
 import pytest
 
@@ -104,31 +103,6 @@ def test_replicas_equal_one_device(runs, num_replicas, case):
     _check_equal(*(_of_case(runs[n], case) for n in (num_replicas, 1)))
 
 
-def free_ports(count):
-    """Returns ports of this machine that nothing listened to just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("localhost", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def tf_configs(count):
-    """Returns the TF_CONFIG of each of several workers on this machine."""
-    workers = [f"localhost:{port}" for port in free_ports(count)]
-    return [
-        json.dumps(
-            {
-                "cluster": {"worker": workers},
-                "task": {"type": "worker", "index": index},
-            }
-        )
-        for index in range(count)
-    ]
-
-
 @pytest.mark.parametrize(
     ("count", "cases"),
     [
@@ -141,7 +115,7 @@ def test_workers_equal_one_device(runs, tmp_path, count, cases):
     """Processes of their own, which talk over gRPC."""
     started = [
         _start(count, tmp_path, cases, f"worker{i}", TF_CONFIG=config)
-        for i, config in enumerate(tf_configs(count))
+        for i, config in enumerate(cluster.tf_configs(count))
     ]
     traces = [_finish(*each) for each in started]
     for case in cases:
