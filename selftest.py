@@ -31,7 +31,7 @@ import trainer
 STEPS = 5
 # Images a replica: few, so that it takes a minute, but some to take a mean of.
 _IMAGES = 8
-_LEARNING_RATE = 0.1
+_LEARNING_RATE = 0.01
 # Largest relative errors. In half precision, or where convolutions are computed
 # so, sums in another order differ as much; statistics of the replica's own
 # images, a forgotten factor or a lost gradient differ by tens of per cent.
