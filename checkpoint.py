@@ -6,6 +6,7 @@ A run directory (`model_dir`) holds `run.json`, which says what the run is
 What other programs publish is read by `read_published`.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import safetensors
+import safetensors.numpy
 import tensorflow as tf
 from absl import logging
 from tensorflow.core.protobuf import trackable_object_graph_pb2
@@ -26,6 +27,7 @@ import unpickling
 _RUN_FILE = "run.json"
 _CARD = "export.json"
 _ARCHITECTURE = "architecture"  # in the metadata of an export
+_VARIABLES = os.path.join("variables", "variables")  # in a SavedModel
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 # Where the variables of SimCLR's TensorFlow 2 encoder are among its objects.
 # Keras adds other ways to the same variables.
@@ -140,19 +142,25 @@ def _trackable(item: Any) -> Any:
 
     Keras itself numbers the layers, so that any new one would break all files.
     """
-    if isinstance(item, keras.layers.Layer):
-        return {variable.path: variable.value for variable in item.variables}
-    return item
+    return by_path(item) if isinstance(item, keras.layers.Layer) else item
+
+
+def by_path(network: keras.layers.Layer) -> dict[str, tf.Variable]:
+    """Returns a network's variables by names that outlive its layers."""
+    return {variable.path: variable.value for variable in network.variables}
 
 
 def latest_checkpoint(path: str) -> str:
     """Returns the checkpoint prefix that a directory or prefix names.
 
+    A SavedModel's directory names that of its variables.
+
     Raises:
         ValueError: if there is none.
     """
-    if tf.io.gfile.exists(f"{path}.index"):
-        return path
+    for prefix in (path, os.path.join(path, _VARIABLES)):
+        if tf.io.gfile.exists(f"{prefix}.index"):
+            return prefix
     latest = tf.train.latest_checkpoint(path)
     if latest is None:
         what = (
@@ -174,7 +182,8 @@ def restore_networks(path: str, **networks: keras.Model) -> str:
     """Restores the named networks, and nothing else, from a checkpoint.
 
     Args:
-        path: a run directory (its newest checkpoint) or a file prefix.
+        path: a run directory (its newest checkpoint), a file prefix, or an
+            exported SavedModel.
         **networks: keras models by their name in the checkpoint.
 
     Returns:
@@ -187,7 +196,8 @@ def restore_networks(path: str, **networks: keras.Model) -> str:
     prefix = latest_checkpoint(path)
     try:
         trackables = {k: _trackable(v) for k, v in networks.items()}
-        status = tf.train.Checkpoint(**trackables).restore(prefix)
+        # Not `restore`: a SavedModel counts no saves.
+        status = tf.train.Checkpoint(**trackables).read(prefix)
         status.assert_existing_objects_matched()
     except (AssertionError, ValueError) as error:
         raise ValueError(
@@ -214,14 +224,18 @@ def write_run(directory: str, run: dict[str, Any]) -> None:
 
 def run_directory(path: str) -> str:
     """Returns the run directory that a checkpoint's path names or is in."""
-    return path if tf.io.gfile.isdir(path) else os.path.dirname(path)
+    return path if tf.io.gfile.isdir(path) else os.path.dirname(path) or "."
 
 
 def read_run(path: str) -> dict[str, Any] | None:
     """Returns the `run.json` of a run directory or checkpoint prefix.
 
-    Returns None where there is no such file.
+    That of an exported SavedModel holds the architecture alone. Returns None
+    where there is no such file, and for a file of weights, which may lie in
+    the directory of a run that started from it.
     """
+    if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
+        return None
     file_name = os.path.join(run_directory(path), _RUN_FILE)
     if not tf.io.gfile.exists(file_name):
         return None
@@ -235,7 +249,8 @@ def load_encoder(
     """Returns a trained encoder, of this program or another.
 
     Args:
-        path: a run directory or a checkpoint prefix in one, or what
+        path: a run directory or a checkpoint prefix in one, one of the exports
+            `saved_model`, `networks.safetensors` and `encoder.keras`, or what
             `read_published` reads.
         target: whether the moving average of the encoder is meant.
         **architecture: fields of `model.Architecture` that replace those in
@@ -249,6 +264,8 @@ def load_encoder(
     Raises:
         ValueError: if there is no checkpoint, or it does not fit.
     """
+    if path.endswith(".keras"):
+        return keras.saving.load_model(path)
     foreign = read_published(path, target=target, **architecture)
     if foreign:
         networks = model.build_networks(foreign.architecture)
@@ -262,6 +279,75 @@ def load_encoder(
     name = "target_encoder" if target else "encoder"
     restore_networks(path, **{name: networks.encoder})
     return model.encoder_of_images(networks)
+
+
+def load_networks(path: str, *, target: bool = False) -> model.Networks:
+    """Returns an encoder and its heads, without what only pretraining uses.
+
+    Args:
+        path: as of `load_encoder`, but for `encoder.keras`. Of other programs'
+            files the encoder alone is read.
+        target: whether the moving averages are meant. The classifier, which
+            was trained on the others' features, is left out.
+
+    Raises:
+        ValueError: if there is nothing to read, or it does not fit.
+    """
+    tensors, about = _tensors(path)
+    if tensors is not None and _ARCHITECTURE in about and not target:
+        fields = json.loads(about[_ARCHITECTURE])
+        return _networks_of_export(tensors, model.Architecture(**fields))
+    if tensors is not None:
+        foreign = _identify(path, tensors, about, target)
+        networks = model.build_networks(foreign.architecture)
+        foreign.assign_to(networks.encoder)
+        return networks
+    run = read_run(path)
+    if run is None:
+        raise ValueError(f"There is no {_RUN_FILE} at {path!r}.")
+    architecture = model.Architecture(**run["architecture"])
+    if target and not architecture.target_network:
+        raise ValueError(f"The run at {path!r} has no target network.")
+    if target:
+        architecture = dataclasses.replace(architecture, num_classes=0)
+    networks = model.build_networks(architecture.without_pretraining())
+    prefix = "target_" if target else ""
+    parts = networks.models()
+    restore_networks(path, **{prefix + name: parts[name] for name in parts})
+    return networks
+
+
+def save_tensors(networks: model.Networks, path: str) -> None:
+    """Writes networks, bit for bit, into a local `.safetensors` file."""
+    tensors = {
+        f"{name}/{variable}": value.numpy()
+        for name, network in networks.models().items()
+        for variable, value in by_path(network).items()
+    }
+    architecture = json.dumps(dataclasses.asdict(networks.architecture))
+    safetensors.numpy.save_file(tensors, path, {_ARCHITECTURE: architecture})
+
+
+def _networks_of_export(
+    tensors: published.Tensors, architecture: model.Architecture
+) -> model.Networks:
+    """Returns what `save_tensors` wrote.
+
+    Raises:
+        ValueError: if a tensor is missing or of another shape.
+    """
+    networks = model.build_networks(architecture)
+    for name, network in networks.models().items():
+        for path, variable in by_path(network).items():
+            tensor = tensors.get(f"{name}/{path}")
+            if tensor is None or tensor.shape != variable.shape:
+                there = "none" if tensor is None else tensor.shape
+                raise ValueError(
+                    f"{name}/{path} is {variable.shape} in the networks, "
+                    f"{there} in the file."
+                )
+            variable.assign(tensor)
+    return networks
 
 
 def restore_pretrained(
@@ -321,8 +407,21 @@ def read_published(
     tensors, about = _tensors(path)
     if tensors is None:
         return None
+    return _identify(path, tensors, about, target, **architecture)
+
+
+def _identify(
+    path: str,
+    tensors: published.Tensors,
+    about: dict[str, str],
+    target: bool,
+    **architecture: Any,
+) -> published.Published:
+    """Returns the encoder among the tensors of a file."""
     try:
         if _ARCHITECTURE in about:
+            if target:
+                raise ValueError("An export has no target network.")
             fields = json.loads(about[_ARCHITECTURE]) | architecture
             return published.of_export(tensors, **fields)
         fields = _of_card(path) | architecture
@@ -350,7 +449,7 @@ def _tensors(
     """
     if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
         return _tensors_of_file(path)
-    saved_model = os.path.join(path, "variables", "variables")
+    saved_model = os.path.join(path, _VARIABLES)
     if tf.io.gfile.exists(f"{saved_model}.index"):
         return _tensors_of_checkpoint(saved_model), {}
     if tf.io.gfile.isdir(path) and read_run(path) is not None:
@@ -374,22 +473,23 @@ def _tensors_of_file(
         return None, {}
     with open(path, "rb") as file:
         head = file.read(9)
+    # Eight bytes of the header's length, which may start as a pickle does.
+    if head.endswith(b"\0\0\0{"):
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+                return tensors, file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"Cannot read {path}: {error}") from error
     if head.startswith(b"PK"):
         return unpickling.read_torch(path), {}
     if head.startswith(b"\x80"):
         return unpickling.read_pickle(path), {}
-    if not head.endswith(b"{"):  # after eight bytes of its length
-        raise ValueError(
-            f"{path} is neither a pickle (protocol 2 or later), nor a file of "
-            "torch.save, nor .safetensors."
-        )
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"Cannot read {path}: {error}") from error
+    raise ValueError(
+        f"{path} is neither a pickle (protocol 2 or later), nor a file of "
+        "torch.save, nor .safetensors."
+    )
 
 
 def _tensors_of_checkpoint(prefix: str) -> published.Tensors | None:
@@ -445,7 +545,7 @@ def load_classifier(path: str) -> tuple[keras.Model, tuple[str, ...]]:
     """Returns the classifier of a run of this program, with its encoder.
 
     Args:
-        path: a run directory or a checkpoint prefix in one.
+        path: as `load_networks`'s.
 
     Returns:
         keras.Model from float32 images `[n, h, w, c]` in [0, 1] to float32
@@ -453,21 +553,19 @@ def load_classifier(path: str) -> tuple[keras.Model, tuple[str, ...]]:
         inside. The names of the classes.
 
     Raises:
-        ValueError: if there is no checkpoint, or no classifier in it.
+        ValueError: if there is nothing to read, or no classifier in it.
     """
-    run = read_run(path)
-    if not run or not run["architecture"]["num_classes"]:
+    networks = load_networks(path)
+    num_classes = networks.architecture.num_classes
+    if not num_classes:
         raise ValueError(
             f"There is no classifier in {path!r}: fine-tune an encoder first, "
             "--train_mode=finetune."
         )
-    architecture = model.Architecture(**run["architecture"])
-    networks = model.build_networks(architecture.without_pretraining())
-    restore_networks(path, **networks.models())
-    images = keras.Input((None, None, architecture.channels))
+    images = keras.Input((None, None, networks.architecture.channels))
     logits = networks.logits(images, training=False)
-    classes = range(architecture.num_classes)
+    names = (read_run(path) or {}).get("class_names")
     return (
         keras.Model(images, keras.ops.softmax(logits)),
-        tuple(run.get("class_names") or map(str, classes)),
+        tuple(names or map(str, range(num_classes))),
     )

@@ -170,6 +170,8 @@ class Run:
     @functools.cached_property
     def networks(self) -> model.Networks:
         """With fresh weights, made in the strategy's scope."""
+        # Whatever was built before, as in a sweep.
+        keras.utils.set_random_seed(self.settings.seed)
         with self.strategy.scope():
             return model.build_networks(
                 self.architecture, remat=self.settings.remat
@@ -321,7 +323,6 @@ class Run:
         vars(other).pop("networks", None)
         other.train_data = data.subset(train_data, order[count:])
         other.eval_data = data.subset(train_data, order[:count])
-        keras.utils.set_random_seed(self.settings.seed)
         return other
 
     def distributed(
@@ -511,6 +512,12 @@ def encoder_flags(architecture: model.Architecture) -> dict[str, Any]:
     }
 
 
+def usual_image_size(architecture: model.Architecture) -> int:
+    """Returns the side, in pixels, of the images that a stem is made for."""
+    is_small = architecture.stem == "cifar"
+    return _LARGEST_SMALL_IMAGE if is_small else _IMAGENET_SIZE
+
+
 def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
     """Returns the augmentation of each view that the flags describe.
 
@@ -636,6 +643,9 @@ def make_train_config(
         "copy_target_until": settings.update_gamma_after_step,
         "target_update_steps": settings.update_gamma_every_n_steps,
         "num_classes": dataset.num_classes,
+        "pseudo_label_start": schedules.warmup_steps(
+            num_examples, settings.pseudo_label_start_epoch, batch_size
+        ),
         "labelled": is_labelled,
         "batch_size": batch_size,
         "num_examples": num_examples,

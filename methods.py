@@ -249,7 +249,11 @@ METHODS: dict[str, Method] = {
             "drop_same_label_negatives": False,
             "num_semantic_positives": 3,
         },
-        small_images={**_RELICV2_SMALL, "semantic_weight": 1.0},
+        small_images={
+            **_RELICV2_SMALL,
+            "semantic_weight": 1.0,
+            "pseudo_label_start_epoch": 2.0,
+        },
     ),
 }
 ALIASES = {"chi": "rpc", "nce": "simclr"}

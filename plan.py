@@ -29,6 +29,7 @@ def describe(run: experiment.Run) -> str:
     lines = {
         "training": f"{_what(settings)}, {settings.dataset} "
         f"{run.train_data.split}, {config.num_examples:,} images",
+        **_sweep(settings),
         "devices": f"{settings.strategy}, "
         + (f"{replicas} replicas" if replicas else "as many cores as it has"),
         "steps": f"{config.train_steps:,}, of them "
@@ -70,6 +71,20 @@ def _what(settings: experiment.Settings) -> str:
     if settings.train_mode == "finetune":
         return f"classifier on {settings.checkpoint or 'no checkpoint'}"
     return f"{settings.objective}, {encoder}"
+
+
+def _sweep(settings: experiment.Settings) -> dict[str, str]:
+    """Returns what a sweep trains before; nothing without one."""
+    rates = len(settings.sweep_learning_rate or [0])
+    epochs = settings.sweep_train_epochs or (settings.train_epochs,)
+    if rates * len(epochs) == 1:
+        return {}
+    held_out = settings.held_out_examples
+    return {
+        "sweep": f"before it, {rates} learning rates, each for "
+        f"{' and '.join(map(str, epochs))} epochs, without {held_out:,} "
+        "held-out images; what follows is of the flags as they are"
+    }
 
 
 def _per_core(config: trainer.TrainConfig, replicas: int | None) -> str:
@@ -144,7 +159,7 @@ def _bytes(variables: list[keras.Variable]) -> int:
     )
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     """Returns a number of bytes in words."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:

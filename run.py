@@ -39,6 +39,7 @@ import data_util
 import devices
 import embed
 import experiment
+import export
 import features
 import methods
 import model
@@ -101,12 +102,14 @@ flags.DEFINE_enum(
         "probe",
         "embed",
         "predict",
+        "export",
         "selftest",
     ],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
     "--checkpoint's features with raw pixels and a random encoder; embed: "
     "write its features of --input; predict: the classes it sees there; "
+    "export: write its networks in formats that other programs read; "
     "selftest: compare a few steps on all devices with the same on one.",
 )
 flags.DEFINE_enum(
@@ -139,8 +142,12 @@ flags.DEFINE_string(
     "checkpoint",
     None,
     "Run directory or checkpoint whose encoder and projection head training "
-    "starts from, or which is probed, embeds or predicts; or other programs' "
-    "weights, see README; none: from scratch.",
+    "starts from, or which is probed, embeds, predicts or is exported; or "
+    "other programs' weights, see README; none: from scratch.",
+)
+flags.DEFINE_list("format", list(export.FORMATS), "What to export to.")
+flags.DEFINE_string(
+    "export_dir", None, "Where exports go. Unset: export beside the checkpoint."
 )
 flags.DEFINE_bool(
     "dry_run",
@@ -386,6 +393,14 @@ flags.DEFINE_integer(
     f"SemPPL: draws an image. {_by_method('num_semantic_positives')}.",
     lower_bound=0,
 )
+flags.DEFINE_float(
+    "pseudo_label_start_epoch",
+    0.0,
+    "SemPPL: epochs before pseudo-labels count, which are wrong at first; "
+    "until then, labelled images alone have semantic positives. 2 where images "
+    "are small.",
+    lower_bound=0,
+)
 flags.DEFINE_integer(
     "queue_size",
     None,
@@ -477,8 +492,8 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "evaluate_target",
     False,
-    "Whether a checkpoint's target network is fine-tuned or probed, not the "
-    "online one.",
+    "Whether a checkpoint's target network is fine-tuned, probed or exported, "
+    "not the online one.",
 )
 
 # Labels that pretraining may see (SemPPL); unset: all that there are.
@@ -850,7 +865,11 @@ _OF_MULTI_VIEW = (
     "update_gamma_after_step",
     "update_gamma_every_n_steps",
 )
-_OF_SEMPPL = ("queue_size", "num_semantic_positives")
+_OF_SEMPPL = (
+    "queue_size",
+    "num_semantic_positives",
+    "pseudo_label_start_epoch",
+)
 _OF_FINETUNING = (
     "fine_tune_after_block",
     "zero_init_logits_layer",
@@ -870,6 +889,14 @@ _OF_MODES = {
     ),
     ("embed", "predict"): ("input", "input_split", "output"),
     ("predict",): ("top_k",),
+    ("export",): ("format", "export_dir"),
+}
+_MEANT_BY_EXPORT = {
+    *_OF_MODES["export",],
+    "mode",
+    "checkpoint",
+    "image_size",
+    "evaluate_target",
 }
 # SimCLR's linear evaluation on CIFAR-10.
 _FINETUNE_DEFAULTS = {
@@ -925,33 +952,13 @@ def main(argv: Sequence[str]) -> None:
         tf.__version__,
         keras.__version__,
     )
-    modes = {
-        "train": _train,
-        "train_then_eval": _train,
-        "sweep": _sweep,
-        "eval": _follow,
-        "probe": _probe,
-        "embed": _embed,
-        "predict": _embed,
-    }
     try:
-        settings, sources = resolve_flags()
-        if settings.mode == "selftest":
-            sys.exit(_selftest(settings, sources))
-        run = Run(settings, sources)
-        if settings.dry_run:
-            sys.stdout.write(plan.describe(run))
-            return
-        sweeps = (
-            run.settings.sweep_learning_rate or run.settings.sweep_train_epochs
-        )
-        trains = run.settings.mode in ("train", "train_then_eval")
-        work = modes["sweep" if sweeps and trains else run.settings.mode](run)
+        work = _prepare(*resolve_flags())
     except (ValueError, OSError, tf.errors.OpError) as error:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
         work()
-    except trainer.HostsDisagree as error:
+    except (trainer.HostsDisagree, selftest.ProcessFailed) as error:
         _exit(_EXIT_USAGE, f"Error: {error}")
     except trainer.TrainingDiverged as error:
         _exit(_EXIT_DIVERGED, f"Training stopped: {error}")
@@ -968,8 +975,32 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
+def _prepare(settings: Settings, origins: dict[str, str]) -> Callable[[], None]:
+    """Returns what the flags ask for, which they and the data have passed."""
+    if settings.mode == "export":
+        return _export(settings)
+    if settings.mode == "selftest":
+        return functools.partial(_selftest, settings, origins)
+    run = Run(settings, origins)
+    if settings.dry_run:
+        return functools.partial(print, plan.describe(run), end="")
+    trains = settings.mode in ("train", "train_then_eval")
+    if trains and (settings.sweep_learning_rate or settings.sweep_train_epochs):
+        return _sweep(run)
+    modes = {
+        "train": _train,
+        "train_then_eval": _train,
+        "eval": _follow,
+        "probe": _probe,
+        "embed": _embed,
+        "predict": _embed,
+    }
+    return modes[settings.mode](run)
+
+
 def _set_up_log() -> None:
     """Logs this program's lines with the time of day, not TensorFlow's."""
+    tf.get_logger().setLevel("WARNING")
     logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
@@ -1083,7 +1114,7 @@ def _inherited_values() -> dict[str, Any]:
             raise ValueError("--mode=eval needs --model_dir.")
         names, path = _INHERITED_BY_EVAL, FLAGS.model_dir
         _wait_for_run(path)
-    elif FLAGS.mode == "probe":
+    elif FLAGS.mode in ("probe", "export"):
         names, path = _INHERITED_BY_EVAL, FLAGS.checkpoint
     else:
         names, path = _INHERITED, FLAGS.checkpoint
@@ -1095,8 +1126,13 @@ def _inherited_values() -> dict[str, Any]:
         run = checkpoint_lib.read_run(path)
         if foreign:
             values = experiment.encoder_flags(foreign.architecture)
-        elif run:
+        elif run and "flags" in run:
             values = run["flags"]
+        elif run:  # an export
+            architecture = model.Architecture(**run["architecture"])
+            values = run["architecture"] | experiment.encoder_flags(
+                architecture
+            )
     return {name: values[name] for name in names if name in values}
 
 
@@ -1142,9 +1178,13 @@ def _check(settings: Settings) -> None:
 
 def _check_inputs(settings: Settings) -> None:
     """Raises ValueError where a mode lacks what it is to read or write."""
+    if settings.dry_run and settings.mode not in ("train", "train_then_eval"):
+        raise ValueError(
+            f"--dry_run is of training, not --mode={settings.mode}."
+        )
     if settings.mode == "selftest" and settings.train_mode != "pretrain":
         raise ValueError("--mode=selftest is of --train_mode=pretrain.")
-    reads = settings.mode in ("probe", "embed", "predict")
+    reads = settings.mode in ("probe", "embed", "predict", "export")
     given = settings.checkpoint
     if reads and given in (None, "", _FROM_SCRATCH):
         raise ValueError(
@@ -1164,6 +1204,12 @@ def _check_inputs(settings: Settings) -> None:
 
 def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
     """Returns a line for every given flag that does nothing in this run."""
+    if settings.mode == "export":
+        return [
+            f"--{name} has no effect: an export takes all from the checkpoint."
+            for name in _OWN_FLAGS
+            if sources[name] == "command line" and name not in _MEANT_BY_EXPORT
+        ]
     method = methods.METHODS[settings.objective]
     of_methods = {
         flag for row in methods.METHODS.values() for flag in _of_method(row)
@@ -1352,11 +1398,11 @@ def _train(run: Run) -> Callable[[], None]:
     return work
 
 
-def _selftest(settings: Settings, sources: dict[str, str]) -> int:
-    """Compares all devices with one; returns the exit code."""
-    if sources["dataset"] == "default":
+def _selftest(settings: Settings, origins: dict[str, str]) -> None:
+    """Compares all devices with one; exits with 1 where they differ."""
+    if origins["dataset"] == "default":
         settings.dataset = sources_lib.PHOTO_PATCHES
-    found = selftest.compare(settings, sources)
+    found = selftest.compare(settings, origins)
     agree = all(row.holds for row in found.agreements)
     sys.stdout.write(
         f"{settings.objective}, {settings.encoder} {settings.resnet_depth}, "
@@ -1364,7 +1410,7 @@ def _selftest(settings: Settings, sources: dict[str, str]) -> int:
         f"{selftest.table(found.agreements)}\n"
         f"{'They are the same computation.' if agree else _WHERE_TO_LOOK}\n"
     )
-    return 0 if agree else _EXIT_DIFFERS
+    sys.exit(0 if agree else _EXIT_DIFFERS)
 
 
 def _sweep(run: Run) -> Callable[[], None]:
@@ -1549,6 +1595,46 @@ def _embed(run: Run) -> Callable[[], None]:
             settings.output or "standard output",
             missing,
         )
+
+    return work
+
+
+def _export(settings: Settings) -> Callable[[], None]:
+    """Prepares writing a checkpoint's networks for other programs."""
+    export.check_formats(settings.format)
+    # Other runtimes compute in float32; a GPU would not, here.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    path = settings.checkpoint
+    networks = checkpoint_lib.load_networks(
+        path, target=settings.evaluate_target
+    )
+    size = settings.image_size or experiment.usual_image_size(
+        networks.architecture
+    )
+    channels = networks.architecture.channels
+    pictures = [p.resize((size, size)) for p in sources_lib.pictures()]
+    images = np.stack([np.asarray(p, np.float32) / 255 for p in pictures])
+    images = images[..., np.arange(channels) % images.shape[-1]]
+    directory = settings.export_dir or os.path.join(
+        checkpoint_lib.run_directory(path), "export"
+    )
+    run = checkpoint_lib.read_run(path) or {}
+    about = {
+        "checkpoint": path,
+        "target": settings.evaluate_target,
+        "objective": run.get("flags", {}).get("objective"),
+        "train_mode": run.get("flags", {}).get("train_mode"),
+        "commit": run.get("commit"),
+    }
+
+    def work() -> None:
+        results = export.write(
+            networks, directory, settings.format, images, about
+        )["formats"]
+        sys.stdout.write(export.table(results) + "\n")
+        refused = [name for name in results if "refused" in results[name]]
+        if refused:
+            _exit(_EXIT_USAGE, f"Error: not written: {', '.join(refused)}.")
 
     return work
 

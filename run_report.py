@@ -175,6 +175,9 @@ def _write(
     if runs:
         first = runs[-1]["flags"]
         title = f"{first['objective']} on {first['dataset']}"
+        if first["train_mode"] == "finetune":  # of another program's weights
+            weights = os.path.basename(first["checkpoint"] or "no weights")
+            title = f"{weights}, fine-tuned on {first['dataset']}"
         steps = [f"{one['train_steps']:,}" for one in reversed(runs)]
         facts |= {
             "Encoder": _encoder_name(**runs[0]["architecture"]),
@@ -225,7 +228,7 @@ def _lineage(path: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     while path and path not in seen:
         seen.add(path)
         found = checkpoint.read_run(path)
-        if not found:
+        if not found or "flags" not in found:  # of an export
             return
         yield checkpoint.run_directory(path), found
         path = found["flags"].get("checkpoint")

@@ -45,7 +45,8 @@ _FLOOR = 1e-3
 Traced = dict[str, np.ndarray]
 
 
-class Agreement(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Agreement:
     """What one kind of numbers on all devices is, beside one device.
 
     Attributes:
@@ -197,12 +198,12 @@ def agreements(
         kind = _kind(group, int(step), name, last)
         if not kind:
             continue
-        start = 0.0
-        if group == "variable":  # how far it has moved
-            start = one[f"variable|0|{name}"]
+        moved = value
+        if group == "variable":  # how far since the start
+            moved = value - one[f"variable|0|{name}"]
         sizes = kinds.setdefault((kind, int(step)), {})
         error = np.linalg.norm(several[key] - value)
-        sizes[name] = float(error), float(np.linalg.norm(value - start))
+        sizes[name] = float(error), float(np.linalg.norm(moved))
     return [
         _agreement(kind, sizes, tolerance * (1 if step == 1 else _AMPLIFIED))
         for (kind, step), sizes in sorted(kinds.items(), key=lambda x: x[0][1])
@@ -226,9 +227,9 @@ def _agreement(
     kind: str, sizes: dict[str, tuple[float, float]], tolerance: float
 ) -> Agreement:
     floor = _FLOOR * max(size for _, size in sizes.values())
+    floor = max(floor, float(np.finfo(np.float32).tiny))
     errors = {
-        name: error / max(size, floor, np.finfo(np.float32).tiny)
-        for name, (error, size) in sizes.items()
+        name: error / max(size, floor) for name, (error, size) in sizes.items()
     }
     # What is not a number is the worst of all.
     worst = max(
@@ -247,6 +248,10 @@ def table(found: list[Agreement]) -> str:
             f"{row.tolerance:9.2g}  {verdict}"
         )
     return "\n".join(lines)
+
+
+class ProcessFailed(ValueError):
+    """One side did not come to its end, and has said why."""
 
 
 class Comparison(NamedTuple):
@@ -273,7 +278,7 @@ def compare(
         sources: where each comes from.
 
     Raises:
-        ValueError: if one of the two does not end well; it has said why.
+        ProcessFailed: if one of the two does not end well.
     """
     batch_size = None
     if sources["train_batch_size"] == "command line":
@@ -298,7 +303,7 @@ def _in_a_process(folder: Path, *task: Any) -> Traced:
     command = [sys.executable, __file__, str(asked), str(answered)]
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise ValueError(
+        raise ProcessFailed(
             f"The steps on {'one device' if task[-1] else 'all devices'} "
             f"ended with exit code {code}; why, is said above."
         )
@@ -358,7 +363,7 @@ def main(asked: str, answered: str) -> None:
         seen = _run(*task)
     except (ValueError, tf.errors.OpError) as error:
         sys.exit(f"Error: {error}")
-    np.savez(answered, **seen)
+    np.savez(answered, **seen)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

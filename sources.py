@@ -675,21 +675,27 @@ def photo_patches(split: str) -> Dataset:
     return _from_arrays(PHOTO_PATCHES, split, images[rows], labels[rows], names)
 
 
+def pictures() -> list[Image.Image]:
+    """Returns the 16 photographs and micrographs themselves, in RGB."""
+    folder = os.path.join(os.path.dirname(skimage.__file__), "data")
+    opened = []
+    for name in _PICTURES:
+        with Image.open(os.path.join(folder, name)) as picture:
+            opened.append(picture.convert("RGB"))
+    return opened
+
+
 @functools.cache
 def _cut_patches(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 `[N, 32, 32, 3]` and labels `[N]`, classes in turn."""
-    folder = os.path.join(os.path.dirname(skimage.__file__), "data")
-    pictures = []
-    for name in _PICTURES:
-        with Image.open(os.path.join(folder, name)) as picture:
-            pictures.append(picture.convert("RGB"))
+    originals = pictures()
     # Of NumPy's generators, the one whose draws are promised never to change.
     random = np.random.RandomState(list(_PATCHES).index(split))
     labels = np.arange(_PATCHES[split]) % len(_PICTURES)
     patches = []
     for label in labels:
-        box = _patch_box(pictures[label].size, split, random)
-        patch = pictures[label].crop(box)
+        box = _patch_box(originals[label].size, split, random)
+        patch = originals[label].crop(box)
         patch = patch.resize((_PATCH_SIZE, _PATCH_SIZE), Image.Resampling.BOX)
         patches.append(np.asarray(patch))
     return np.stack(patches), labels

@@ -60,6 +60,7 @@ class TrainConfig:
         copy_target_until: up to this step the target is a copy; -1: never.
         target_update_steps: steps from one update of the target to the next.
         num_semantic_positives: draws an image from SemPPL's queue.
+        pseudo_label_start: steps before pseudo-labels count.
         num_classes: of the data; 0 without labels.
         labelled: bool `[num_examples]`, whose labels the objective may see;
             None: of all that have one.
@@ -98,6 +99,7 @@ class TrainConfig:
     copy_target_until: int = -1
     target_update_steps: int = 1
     num_semantic_positives: int = 0
+    pseudo_label_start: int = 0
     num_classes: int = 0
     labelled: np.ndarray | None = None
     batch_size: int
@@ -268,7 +270,13 @@ def _pretrain_step(
             metrics |= more
         if networks.queue:
             semantic, measured = _semantic_positives(
-                config, networks.queue, batch, online, target, gather
+                config,
+                networks.queue,
+                batch,
+                online,
+                target,
+                gather,
+                tf.cast(optimizers.networks.iterations, tf.int64),
             )
             more |= semantic
             metrics |= measured
@@ -533,8 +541,11 @@ def _semantic_positives(
     online: list[tf.Tensor],
     target: list[tf.Tensor],
     gather: objective.Gather,
+    step: tf.Tensor,
 ) -> tuple[dict[str, tf.Tensor], Metrics]:
     """Enters the labelled rows in the queue, then lets it vote on the others.
+
+    `step` is the number of steps done.
 
     Returns:
         `semppl_loss`'s arguments, and metrics of the global batch.
@@ -551,7 +562,8 @@ def _semantic_positives(
     votes, agreement = objective.pseudo_labels(
         online[: len(target)], *entries, ids, num_classes=config.num_classes
     )
-    known = tf.where(labelled, labels, votes)
+    heeds_votes = step >= config.pseudo_label_start
+    known = tf.where(labelled, labels, tf.where(heeds_votes, votes, -1))
     positives, has_positive = objective.draw_semantic_positives(
         known,
         *entries,

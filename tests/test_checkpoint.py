@@ -124,6 +124,9 @@ def test_run_json_round_trip_and_absence(tmp_path):
     checkpoint.write_run(str(tmp_path / "a"), {"x": [1, 2]})
     assert checkpoint.read_run(str(tmp_path / "a")) == {"x": [1, 2]}
     assert checkpoint.read_run(str(tmp_path / "a" / "ckpt-1")) == {"x": [1, 2]}
+    # A run may start from a file in its own directory.
+    (tmp_path / "a" / "pretrain.pkl").write_bytes(b"")
+    assert checkpoint.read_run(str(tmp_path / "a" / "pretrain.pkl")) is None
 
 
 def test_a_run_of_an_older_version_may_go_on():

@@ -17,13 +17,13 @@ from features import Outputs
 
 _SIZES = {
     "cat/b.jpg": (20, 30),
-    "cat/a.png": (16, 16),
+    "cat/a4.png": (16, 16),
     "dog/x.png": (40, 18),
     "dog/lost.jpg": None,
     "dog/y.jpg": (33, 33),
     "zebra/z.png": (17, 16),
 }
-_READABLE = ["cat/a.png", "cat/b.jpg", "dog/x.png", "dog/y.jpg", "zebra/z.png"]
+_READABLE = ["cat/a4.png", "cat/b.jpg", "dog/x.png", "dog/y.jpg", "zebra/z.png"]
 
 
 @pytest.fixture
@@ -59,6 +59,8 @@ def outputs(images):
 
 def test_all_of_a_folder_in_the_order_of_the_paths(images, outputs):
     assert list(images.file_names) == _READABLE
+    # Whatever split each is in.
+    assert data.load(images.name, "test").file_names == ("cat/a4.png",)
     assert images.unreadable == ("dog/lost.jpg",)
     np.testing.assert_allclose(outputs.values[:, 0], _greys(), atol=0.01)
     assert outputs.labels.tolist() == [0, 0, 1, 1, 2]
@@ -89,7 +91,7 @@ def test_embeddings_as_parquet(images, outputs, tmp_path):
 def test_an_image_that_fails_later_is_missing_and_named(images, outputs):
     assert embed._names(images, outputs.ids[1:]) == (
         _READABLE[1:],
-        ["cat/a.png", "dog/lost.jpg"],
+        ["cat/a4.png", "dog/lost.jpg"],
     )
 
 

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -322,12 +323,17 @@ def test_bad_input_is_one_line(pretrained, words, message, capsys):
     assert message in error
 
 
-def test_without_a_classifier_there_is_no_prediction(tmp_path, capsys):
-    (tmp_path / "run.json").write_text(
-        json.dumps({"flags": {}, "architecture": {"num_classes": 0}})
-    )
+def test_without_a_classifier_there_is_no_prediction(
+    pretrained, tmp_path, capsys
+):
+    shutil.copytree(pretrained, tmp_path / "run")
+    record = json.loads((pretrained / "run.json").read_text())
+    record["architecture"]["num_classes"] = 0
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     code = _main(
-        "--mode=predict", f"--checkpoint={tmp_path}", "--input=photo_patches"
+        "--mode=predict",
+        f"--checkpoint={tmp_path}/run",
+        "--input=photo_patches",
     )
     assert code == 2
     assert "fine-tune an encoder first" in capsys.readouterr().err

@@ -28,6 +28,8 @@ _MAY_IMPORT = {
     "features": {"data", "data_util", "sources"},
     "probe": {"data", "features"},
     "embed": {"data", "features", "labelled"},
+    "readers": set(),
+    "export": {"checkpoint", "model", "published", "readers", "resnet"},
     "methods": {"objective"},
     "trainer": {
         "checkpoint",
@@ -74,6 +76,7 @@ _MAY_IMPORT = {
         "devices",
         "embed",
         "experiment",
+        "export",
         "features",
         "methods",
         "model",

@@ -341,7 +341,7 @@ def test_parameter_counts_are_the_references(arguments, count):
 
 @pytest.mark.parametrize("depth", resnet.DEPTHS)
 def test_depth_is_the_number_of_layers_in_sequence(depth):
-    blocks, bottleneck = resnet._ARCHITECTURES[depth]
+    blocks, bottleneck = resnet.ARCHITECTURES[depth]
     # The stem's convolution and a classifier count as well.
     assert depth == 2 + sum(blocks) * (3 if bottleneck else 2)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what is documented parses, and means what it says."""
 
+import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -10,10 +12,12 @@ import subprocess
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from replica_run import architecture
 
 import checkpoint
 import experiment
 import methods
+import model
 import run
 import trainer
 
@@ -463,6 +467,9 @@ def test_a_flag_of_another_objective_is_reported(monkeypatch):
             "/nowhere",
         ),
         ("--mode=probe --dataset=photo_patches", "--checkpoint"),
+        ("--mode=export", "--checkpoint"),
+        ("--mode=export --checkpoint=/nowhere", "/nowhere"),
+        ("--mode=export --checkpoint=. --format=tflite", "saved_model"),
         ("--dataset=photo_patches --resnet_depth=19", "19"),
         ("--dataset=photo_patches --width_multiplier=-1", "-1"),
         ("--dataset=photo_patches --crop_area=0.5,0.1", "crop_area"),
@@ -526,6 +533,30 @@ def test_bad_input_is_one_error_before_any_compute(
     assert error.startswith("Error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_an_export_says_what_it_did_and_what_not(tmp_path, capsys):
+    networks = model.build_networks(
+        dataclasses.replace(architecture("simclr"), channels=1)
+    )
+    path = tmp_path / "networks.safetensors"
+    checkpoint.save_tensors(networks, str(path))
+    command = (
+        f"--mode=export --checkpoint={path} --export_dir={tmp_path / 'out'} "
+        "--format=safetensors,torchvision --seed=1"
+    )
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["run.py", *command.split()])
+    with pytest.raises(SystemExit) as exit_:
+        run.main(["run.py"])
+    assert exit_.value.code == 2
+    output = capsys.readouterr()
+    assert "networks.safetensors: largest difference 0.0e+00" in output.out
+    assert "torchvision  not written: " in output.out
+    assert "Error: not written: torchvision." in output.err
+    card = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert card["input"]["channels"] == 1
+    assert card["input"]["size"] == 32
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_implausible_masks_on_the_host_are_counted_once(loaded, caplog):
     dataset = loaded(memory_limit=0)
     assert "masks of 11 images (implausible ones are" in data.describe(dataset)
     view = data_util.Augmentation(mask_probability=1.0, **_WHOLE_CROP, **_PLAIN)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         _stream(dataset, (view, view), num_steps=4)  # two epochs
     assert dataset.masks.ids == {4}
     assert caplog.text.count("Implausible masks so far: 1, the last of ex") == 1

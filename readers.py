@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads exports as their users do: with nothing of this program.
+
+    python readers.py FORMAT DIRECTORY IMAGES.npy OUTPUTS.npz
+
+Each function imports the library it is about, and no other; what it returns
+`export.py` compares with the networks that were exported.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+# What each format is read with; the first is the one that computes.
+PACKAGES = {
+    "saved_model": ("tensorflow",),
+    "keras": ("keras",),
+    "onnx": ("onnxruntime",),
+    "torchvision": ("torch", "torchvision", "safetensors"),
+}
+# Each model of Keras, and its endpoint.
+KERAS_FILES = {
+    "encoder.keras": "final_avg_pool",
+    "classifier.keras": "logits_sup",
+}
+ONNX_FILE = "model.onnx"
+TORCHVISION_FILE = "torchvision"  # .pth and .safetensors
+Outputs = dict[str, np.ndarray]
+
+
+def read_saved_model(directory: str, images: np.ndarray) -> Outputs:
+    """Calls the module as SimCLR's are called."""
+    import tensorflow as tf
+
+    module = tf.saved_model.load(os.path.join(directory, "saved_model"))
+    outputs = module(tf.constant(images), trainable=False)
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def read_keras(directory: str, images: np.ndarray) -> Outputs:
+    """Calls the models, made of Keras's own layers."""
+    import keras
+
+    outputs = {}
+    for name, output in KERAS_FILES.items():
+        path = os.path.join(directory, name)
+        if os.path.exists(path):
+            model = keras.saving.load_model(path)
+            outputs[output] = keras.ops.convert_to_numpy(model(images))
+    return outputs
+
+
+def read_onnx(directory: str, images: np.ndarray) -> Outputs:
+    """Runs the graph on the whole batch, and on one image."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        os.path.join(directory, ONNX_FILE),
+        providers=["CPUExecutionProvider"],
+    )
+    names = [output.name for output in session.get_outputs()]
+    session.run(names, {"images": images[:1]})
+    return dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+
+def read_torchvision(directory: str, images: np.ndarray) -> Outputs:
+    """Loads both files strictly; images are normalised and NCHW here."""
+    import safetensors.torch
+    import torch
+    from torchvision.models import resnet
+
+    path = os.path.join(directory, TORCHVISION_FILE)
+    weights = torch.load(f"{path}.pth", weights_only=True)
+    for name, tensor in safetensors.torch.load_file(
+        f"{path}.safetensors"
+    ).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+    with safetensors.safe_open(f"{path}.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["torchvision"])
+    network = resnet.ResNet(getattr(resnet, about["block"]), about["layers"])
+    if about["stem"] == "cifar":
+        network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = torch.nn.Identity()
+    classifier: torch.nn.Module = torch.nn.Identity()
+    if "fc.weight" in weights:
+        classifier = torch.nn.Linear(*reversed(weights["fc.weight"].shape))
+    network.fc = classifier
+    network.load_state_dict(weights, strict=True)
+    network.fc = torch.nn.Identity()
+    if about["mean"]:
+        images = images - np.float32(about["mean"])
+    if about["std"]:
+        images = images / np.float32(about["std"])
+    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    with torch.inference_mode():
+        features = network.eval()(batch)
+        outputs = {"final_avg_pool": features.numpy()}
+        if "fc.weight" in weights:
+            outputs["logits_sup"] = classifier(features).numpy()
+    return outputs
+
+
+_READERS = {
+    "saved_model": read_saved_model,
+    "keras": read_keras,
+    "onnx": read_onnx,
+    "torchvision": read_torchvision,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Writes what an export computes."""
+    file_format, directory, images, outputs = arguments
+    values: dict[str, Any] = _READERS[file_format](directory, np.load(images))
+    np.savez(outputs, **values)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
