@@ -41,6 +41,8 @@ _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
+# Modes that build what training needs.
+TRAINING_MODES = ("train", "train_then_eval", "check_tpu")
 _DATA_FLAGS = ("dataset", "data_dir", "train_split", "seed")
 # Flags that replace the value of an augmentation's preset.
 AUGMENTATION_OVERRIDES = tuple(
@@ -69,14 +71,19 @@ class Run:
             f"{settings.train_mode}-{settings.objective}-"
             + os.path.basename(settings.dataset.rstrip("/")),
         )
+        # A check is of a run on a TPU, though there is none.
+        settings.use_tpu |= settings.mode == "check_tpu"
         self._set_numerics()
-        self.strategy = devices.make_strategy(
-            use_tpu=settings.use_tpu,
-            tpu_name=settings.master or settings.tpu_name,
-            tpu_zone=settings.tpu_zone,
-            gcp_project=settings.gcp_project,
-            cpu_replicas=settings.cpu_replicas,
-        )
+        if settings.mode == "check_tpu":
+            self.strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+        else:
+            self.strategy = devices.make_strategy(
+                use_tpu=settings.use_tpu,
+                tpu_name=settings.master or settings.tpu_name,
+                tpu_zone=settings.tpu_zone,
+                gcp_project=settings.gcp_project,
+                cpu_replicas=settings.cpu_replicas,
+            )
         if settings.jit_compile is None:
             alone = self.strategy.num_replicas_in_sync == 1
             settings.jit_compile = alone and devices.has_gpu()
@@ -165,6 +172,9 @@ class Run:
             )
         if settings.train_mode == "finetune":
             return None
+        if settings.mode == "check_tpu":  # it matters not which
+            some = given or settings.labelled_batch_share
+            return np.arange(1) if some else None
         if given and self._continues((*flags, *_DATA_FLAGS)):
             # Reading all labels of a large dataset again would take minutes.
             return labelled.read(settings.model_dir)
@@ -201,11 +211,19 @@ class Run:
         settings = self.settings
         finetune = settings.train_mode == "finetune"
         masked = not finetune and settings.mask_probability
-        dataset = self._load(
-            settings.train_split,
-            mask_dir=settings.mask_dir if masked else None,
-            saliency=settings.saliency if masked else None,
-        )
+        if settings.mode == "check_tpu":
+            dataset = data.outline(
+                settings.dataset,
+                settings.train_split,
+                data_dir=settings.data_dir,
+                channels=settings.channels,
+            )
+        else:
+            dataset = self._load(
+                settings.train_split,
+                mask_dir=settings.mask_dir if masked else None,
+                saliency=settings.saliency if masked else None,
+            )
         if settings.objective == "semppl" and not dataset.num_classes:
             raise ValueError(
                 f"SemPPL needs some labels; {settings.dataset} "
@@ -224,7 +242,7 @@ class Run:
         settings, size = self.settings, self.train_data.image_size
         if settings.image_size is None:
             settings.image_size = min(size) if size else _IMAGENET_SIZE
-        trains = settings.mode in ("train", "train_then_eval")
+        trains = settings.mode in TRAINING_MODES
         if trains and size and settings.image_size > min(size):
             raise ValueError(
                 f"--image_size={settings.image_size} exceeds the images of "
@@ -246,7 +264,12 @@ class Run:
             # ReLICv2's 96 of 224; of a small image that would be little.
             share = 1 / 2 if is_small else 96 / 224
             settings.small_image_size = int(settings.image_size * share)
-        if settings.queue_size is None:
+        self._settle_queue()
+
+    def _settle_queue(self) -> None:
+        """Makes the queue as long as it is to be for the batch."""
+        settings = self.settings
+        if self._sources["queue_size"] == "default":
             settings.queue_size = _QUEUE_BATCHES * settings.train_batch_size
         is_short = settings.queue_size < settings.train_batch_size
         if settings.objective == "semppl" and is_short:
@@ -259,6 +282,20 @@ class Run:
         """Gives flags values that were found, and says where."""
         vars(self.settings).update(flags)
         self._sources |= dict.fromkeys(flags, source)
+
+    def with_batch(self, train_batch_size: int) -> "Run":
+        """Returns the run with another batch, and networks of its own.
+
+        Raises:
+            ValueError: if SemPPL's queue does not hold such a batch.
+        """
+        other = copy.copy(self)
+        other.settings = Settings(**vars(self.settings))
+        other.settings.train_batch_size = train_batch_size
+        other._settle_queue()
+        for name in ("architecture", "networks"):
+            vars(other).pop(name, None)
+        return other
 
     def held_out(self, model_dir: str, **flags: Any) -> "Run":
         """Returns a run that is evaluated on images held out of training.
@@ -411,7 +448,7 @@ def make_architecture(
 ) -> model.Architecture:
     """Returns the networks that the flags describe."""
     finetune = settings.train_mode == "finetune"
-    pretrains = not finetune and settings.mode in ("train", "train_then_eval")
+    pretrains = not finetune and settings.mode in TRAINING_MODES
     needs_classifier = finetune or settings.lineareval_while_pretraining
     if finetune and not num_classes:
         raise ValueError(

@@ -33,6 +33,7 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
+import check_tpu
 import checkpoint as checkpoint_lib
 import data
 import data_util
@@ -55,6 +56,7 @@ FLAGS = flags.FLAGS
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
+_EXIT_NOT_FITTING = 4
 
 # `siglip` is `relic --use_siglip`.
 _OBJECTIVES = tuple(
@@ -83,11 +85,21 @@ def _by_method(name: str) -> str:
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "train_then_eval", "probe", "embed", "predict"],
+    [
+        "train",
+        "eval",
+        "train_then_eval",
+        "probe",
+        "embed",
+        "predict",
+        "check_tpu",
+    ],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
     "--checkpoint's features with raw pixels and a random encoder; embed: "
-    "write its features of --input; predict: the classes it sees there.",
+    "write its features of --input; predict: the classes it sees there; "
+    "check_tpu: have the training step compiled for --tpu_topology, no TPU "
+    "needed.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -744,6 +756,17 @@ flags.DEFINE_string("tpu_name", None, "Cloud TPU's name, local or grpc://...")
 flags.DEFINE_string("tpu_zone", None, "Its zone. Unset: from the metadata.")
 flags.DEFINE_string("gcp_project", None, "Its project. Unset: as above.")
 flags.DEFINE_string("master", None, "Address of the TPU, instead of its name.")
+flags.DEFINE_string(
+    "tpu_topology",
+    None,
+    "check_tpu: slice by the name it is rented as, or chip and topology: "
+    "v5litepod-32, v5e:4x8.",
+)
+flags.DEFINE_bool(
+    "find_batch",
+    False,
+    "check_tpu: whether to look for the largest batch that fits.",
+)
 flags.DEFINE_integer(
     "cpu_replicas",
     1,
@@ -825,6 +848,7 @@ _OF_MODES = {
     ),
     ("embed", "predict"): ("input", "input_split", "output"),
     ("predict",): ("top_k",),
+    ("check_tpu",): ("tpu_topology", "find_batch"),
 }
 # SimCLR's linear evaluation on CIFAR-10.
 _FINETUNE_DEFAULTS = {
@@ -888,6 +912,7 @@ def main(argv: Sequence[str]) -> None:
         "probe": _probe,
         "embed": _embed,
         "predict": _embed,
+        "check_tpu": _check_tpu,
     }
     try:
         run = Run(*resolve_flags())
@@ -1096,6 +1121,10 @@ def _check_inputs(settings: Settings) -> None:
         )
     if settings.mode in ("embed", "predict") and not settings.input:
         raise ValueError(f"--mode={settings.mode} needs --input, the images.")
+    if settings.mode == "check_tpu" and not settings.tpu_topology:
+        raise ValueError(
+            "--mode=check_tpu needs --tpu_topology, such as v5litepod-32."
+        )
     if settings.mode == "embed" and not settings.output:
         raise ValueError("--mode=embed needs --output, the file to write.")
 
@@ -1471,6 +1500,23 @@ def _embed(run: Run) -> Callable[[], None]:
             settings.output or "standard output",
             missing,
         )
+
+    return work
+
+
+def _check_tpu(run: Run) -> Callable[[], None]:
+    """Prepares the compilation of the training step for a TPU."""
+    where = check_tpu.find_slice(run.settings.tpu_topology)
+    check_tpu.require_compiler()
+    check_tpu.train_config(run, where)  # before any compute
+
+    def work() -> None:
+        findings = check_tpu.check(
+            run, where, find_batch=run.settings.find_batch
+        )
+        sys.stdout.write(check_tpu.report(findings))
+        if not findings.compiled.fits:
+            sys.exit(_EXIT_NOT_FITTING)
 
     return work
 

@@ -52,6 +52,14 @@ _MAY_IMPORT = {
         "schedules",
         "trainer",
     },
+    "tpu_compiler": set(),
+    "check_tpu": {
+        "data",
+        "data_util",
+        "experiment",
+        "tpu_compiler",
+        "trainer",
+    },
     "run_report": {
         "checkpoint",
         "data",
@@ -64,6 +72,7 @@ _MAY_IMPORT = {
         "reporting",
     },
     "run": {
+        "check_tpu",
         "checkpoint",
         "data",
         "data_util",
