@@ -206,14 +206,17 @@ class _Replica(tf.distribute.ReplicaContext):
         return gen_xla_ops.xla_replica_id()
 
     def all_reduce(
-        self, reduce_op: tf.distribute.ReduceOp, value: Any, options: Any = None
+        self,
+        reduce_op: tf.distribute.ReduceOp | str,
+        value: Any,
+        options: Any = None,
     ) -> Any:
         del options
-        is_mean = reduce_op == tf.distribute.ReduceOp.MEAN
-        share = 1 / self._count if is_mean else 1
-        return tf.nest.map_structure(
-            lambda x: self._sum(x) * tf.cast(share, x.dtype), value
-        )
+        mean = tf.distribute.ReduceOp(reduce_op) == tf.distribute.ReduceOp.MEAN
+        total = tf.nest.map_structure(self._sum, value)
+        if not mean:
+            return total
+        return tf.nest.map_structure(lambda x: x / self._count, total)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
@@ -500,8 +503,6 @@ def check(
             small = compiled(few)
 
     def fits(rows: int) -> bool:
-        if rows * count > run.train_data.num_examples:
-            return False
         try:
             return compiled(rows).fits
         except ValueError as error:

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices, arithmetic and words of the check; and what the compiler says."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+from absl.testing import flagsaver
+
+import check_tpu
+import data
+import data_util
+import run
+import sources
+import tpu_compiler
+
+_TESTS = pathlib.Path(__file__).resolve().parent
+_SMALL_RUN = (
+    "--mode=check_tpu --dataset=cifar10 --resnet_depth=10 "
+    "--width_multiplier=0.125"
+)
+needs_compiler = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("jax", "libtpu"))),
+    reason="requirements-check-tpu.txt is not installed",
+)
+
+
+@pytest.fixture(autouse=True)
+def _flags():
+    with flagsaver.flagsaver():
+        yield
+
+
+def _run(arguments, tmp_path):
+    """Returns the run of a command line, whose data is not here."""
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["run.py", *shlex.split(arguments), f"--data_dir={tmp_path}"])
+    return run.Run(*run.resolve_flags())
+
+
+def _check(arguments, tmp_path):
+    prepared = _run(f"{_SMALL_RUN} {arguments}", tmp_path)
+    where = check_tpu.find_slice(prepared.settings.tpu_topology)
+    return check_tpu.check(
+        prepared, where, find_batch=prepared.settings.find_batch
+    )
+
+
+# Slices.
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "topology", "replicas"),
+    [
+        ("v5litepod-16", "v5e", "4x4", 16),
+        ("v5e-16", "v5e", "4x4", 16),
+        ("V5E:4x8", "v5e", "4x8", 32),
+        ("v5litepod-1", "v5e", "1x1", 1),
+        ("v4-32", "v4", "2x2x4", 16),
+        ("v4-8", "v4", "2x2x1", 4),
+        ("v5p-128", "v5p", "4x4x4", 64),
+        ("v6e-16", "v6e", "4x4", 16),
+        ("v3-8", "v3", "2x2", 8),
+        ("v3-64", "v3", "4x8", 64),
+        ("v2-512", "v2", "16x16", 512),
+    ],
+)
+def test_slices_have_the_names_people_rent(name, chip, topology, replicas):
+    found = check_tpu.find_slice(name)
+    assert (found.chip.name, found.topology) == (chip, topology)
+    assert found.num_replicas == replicas
+    assert found.request()["topology"] == f"{chip}:{topology}"
+
+
+def test_every_slice_is_found_by_all_of_its_names():
+    names = []
+    for chip in check_tpu.CHIPS:
+        for topology in chip.topologies.split():
+            known = check_tpu.Slice(chip, topology)
+            assert check_tpu.find_slice(known.name) == known
+            assert check_tpu.find_slice(f"{chip.name}:{topology}") == known
+            names.append(known.name)
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "v5e", "v5litepod-12", "v5e:32x32", "v4:4x4", "v4-4", "v9-8"]
+)
+def test_other_slices_are_refused_with_the_list(name):
+    with pytest.raises(ValueError, match="v5litepod-32 \\(4x8\\)") as error:
+        check_tpu.find_slice(name)
+    assert f"Received: {name!r}" in str(error.value)
+    assert "v4-32 (2x2x4)" in str(error.value)
+
+
+def test_v4_is_compiled_for_chips_not_for_cores():
+    assert check_tpu.find_slice("v4-8").request() == {
+        "topology": "v4:2x2x1",
+        "chip_config_name": "megacore",
+    }
+
+
+# Arithmetic and words.
+
+_STEP = check_tpu.Compiled(
+    arguments=1 << 30,
+    temporaries=7 << 30,
+    peak=8 << 30,
+    flops=197e12 / 100,
+    written_flops=200e12 / 100,
+    bytes_accessed=819e9 / 50,
+    collectives={"all-reduce": {"count": 3, "bytes": 4_000_000}},
+)
+
+
+def _findings(compiled=_STEP, name="v5e:4x8", **more):
+    return check_tpu.Findings(
+        where=check_tpu.find_slice(name), rows=128, compiled=compiled, **more
+    )
+
+
+def test_roofline_is_of_a_replica():
+    (v3,) = (chip for chip in check_tpu.CHIPS if chip.name == "v3")
+    step = dataclasses.replace(_STEP, flops=123e12, bytes_accessed=450e9)
+    # Of v3's chips, a replica has half.
+    assert check_tpu.roofline(step, v3) == pytest.approx((2.0, 1.0))
+
+
+def test_recomputation_is_what_the_loss_s_growth_does_not_explain():
+    small = dataclasses.replace(_STEP, flops=95.0, written_flops=100.0)
+    large = dataclasses.replace(_STEP, flops=1140.0, written_flops=1000.0)
+    assert check_tpu.recomputation(large, small) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("most", [0, 7, 8, 100, 447, 448, 4096, 65535, 1 << 20])
+@pytest.mark.parametrize("start", [1, 8, 128, 2048])
+@pytest.mark.parametrize("unit", [1, 8, 24])
+def test_largest_batch_is_found_to_a_sixteenth(most, start, unit):
+    tried = []
+
+    def fits(rows):
+        tried.append(rows)
+        return rows <= most
+
+    found = check_tpu.largest(fits, start, unit)
+    assert found <= most
+    assert found % unit == 0
+    exact = min(most, 1 << 16) // unit * unit
+    assert exact - found <= max(unit, found / 16)
+    assert len(set(tried)) == len(tried) <= 24
+
+
+def test_report_of_a_step_that_fits():
+    text = check_tpu.report(_findings(largest=448))
+    for part in (
+        "v5litepod-32 (v5e:4x8): 32 replicas, one a chip, of 128 images; 4,096",
+        "compiles       yes",
+        "8.00 of 15.75 GiB a replica; arguments 1.00, temporaries 7.00",
+        "2.0 TFLOP a replica: 10.0 ms at 197 TFLOP/s",
+        "16.4 GB moved: 20.0 ms at 819 GB/s",
+        "204,800 images/s",
+        "3 all-reduce, 4.0 MB",
+        "448 images a replica, 14,336 a step",
+        "Not covered:",
+    ):
+        assert part in text
+    assert "headroom" not in text
+
+
+def test_report_of_recomputation():
+    small = dataclasses.replace(_STEP, written_flops=_STEP.flops * 1.2)
+    compiled = dataclasses.replace(_STEP, written_flops=_STEP.flops)
+    text = check_tpu.report(_findings(compiled, small=small))
+    assert "+20.0% of operations" in text
+    assert "no headroom" in text
+    assert "computed again" in check_tpu.report(_findings(small=_STEP))
+
+
+def test_report_of_a_step_that_does_not_fit():
+    error = "RESOURCE_EXHAUSTED: 16.07G exceeds 15.75G.\n\nA page of traces."
+    text = check_tpu.report(
+        _findings(check_tpu.Compiled(error=error), advice=("--remat: less",))
+    )
+    assert "compiles       no\n" in text
+    assert "16.07G exceeds 15.75G." in text
+    assert "traces" not in text
+    assert "what helps     --remat: less" in text
+    other = check_tpu.Compiled(error="UNIMPLEMENTED: eig")
+    text = check_tpu.report(_findings(other, advice=("--remat: less",)))
+    assert "UNIMPLEMENTED: eig" in text
+    assert "--remat" not in text
+
+
+def test_collectives_are_counted_with_their_bytes():
+    program = """
+  %all-reduce.1 = f32[2,8]{1,0:T(2,128)} all-reduce(%a), to_apply=%add
+  %s = (f32[4]{0}, f32[8]{0:T(8)S(1)}) all-gather-start(%b), dimensions={0}
+  %d = f32[8]{0} all-gather-done(%s)
+  ROOT %t = (bf16[10]{0}, pred[3]{0}) all-reduce(%c, %d), to_apply=%add
+  %fusion = f32[2,8]{1,0} fusion(%all-reduce.1), calls=%all-reduce.like
+"""
+    assert tpu_compiler.collectives(program) == {
+        "all-gather": {"count": 1, "bytes": 32},
+        "all-reduce": {"count": 2, "bytes": 64 + 23},
+    }
+
+
+def test_a_compiler_that_aborts_is_reported(tmp_path, monkeypatch):
+    script = tmp_path / "aborts.py"
+    script.write_text("import os, sys\nsys.stderr.write('F0000 check\\n')\n"
+                      "sys.stderr.flush()\nos.abort()\n")  # fmt: skip
+    monkeypatch.setattr(tpu_compiler, "__file__", str(script))
+    compiled = check_tpu.compile_for(check_tpu.find_slice("v5e:2x2"), b"")
+    assert not compiled.fits
+    assert "SIGABRT" in compiled.error
+    assert "F0000 check" in compiled.error
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install -r requirements-check"):
+        check_tpu.require_compiler()
+
+
+# Data that is not here.
+
+
+def _encoded(folder):
+    folder.mkdir()
+    for index, size in enumerate([(40, 30), (30, 50), (64, 64), (20, 90)]):
+        image = tf.zeros([*size, 3], tf.uint8)
+        path = os.path.join(folder, f"{index}.png")
+        tf.io.write_file(path, tf.io.encode_png(image))
+    return data.load(str(folder), sources.ALL)
+
+
+def test_batches_are_those_of_the_stream(tmp_path):
+    view = data_util.simclr_augmentation(16)
+    small = data_util.simclr_augmentation(8)
+    masked = dataclasses.replace(view, mask_probability=0.5)
+    in_memory = data.load("photo_patches", "test")
+    masks = np.ones(in_memory.source.images.shape[:3], np.uint8)
+    encoded = _encoded(tmp_path / "images")
+    for dataset, views in [
+        (in_memory, (view, small)),
+        (dataclasses.replace(in_memory, masks=masks), (masked, view)),
+        (encoded, (view, view)),
+        (encoded, (view, view, small)),
+    ]:
+        stream = data.train_stream(
+            dataset, batch_size=4, num_replicas=2, seed=0, views=views
+        )
+        assert check_tpu.batch_spec(dataset, 2, views) == stream.element_spec
+
+
+@pytest.mark.parametrize(
+    ("name", "is_encoded", "size", "classes"),
+    [
+        ("cifar10", False, (32, 32), 10),
+        ("stl10", False, (96, 96), 10),
+        ("imagenet2012", True, None, 1000),
+        ("imagenet2012_subset/1pct", True, None, 1000),
+        ("gs://bucket/photos", True, None, 1000),
+        ("/not/here", True, None, 1000),
+        ("/not/here.npz", True, None, 1000),
+    ],
+)
+def test_data_that_is_not_here_is_outlined(
+    name, is_encoded, size, classes, tmp_path
+):
+    dataset = data.outline(name, data_dir=str(tmp_path))
+    assert (dataset.is_encoded, dataset.image_size) == (is_encoded, size)
+    assert (dataset.num_classes, dataset.channels) == (classes, 3)
+    assert dataset.num_examples > 1e6
+    assert "not here" in dataset.notes[0]
+    remote = data.outline(name, data_dir="gs://bucket/data", channels=1)
+    assert remote.channels == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_is_here_is_opened(tmp_path):
+    assert data.outline("photo_patches", "test").num_examples == 2000
+    _encoded(tmp_path / "images")
+    folder = data.outline(str(tmp_path / "images"), sources.ALL)
+    assert (folder.num_examples, folder.is_encoded) == (4, True)
+
+
+def test_a_misspelt_dataset_is_refused():
+    with pytest.raises(ValueError, match="cifar10"):
+        data.outline("cifar01")
+
+
+# The program of a replica.
+
+
+def _lowered_collectives():
+    """Returns a program of 4 replicas, and what it makes of their rows."""
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+
+    def step(batch):
+        replica = tf.distribute.get_replica_context()
+        index = tf.cast(replica.replica_id_in_sync_group, tf.float32)
+        x = batch["x"]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            rows = replica.all_gather(x, axis=0)
+            # Of each replica another function of all rows.
+            loss = (1.0 + index) * tf.reduce_sum(rows**2)
+        ids = replica.all_gather(batch["id"] + 2**40, axis=0)
+        return {
+            "mean": replica.all_reduce("MEAN", tf.reduce_sum(x)),
+            "rows": tf.reduce_sum(rows[:, 0] * tf.range(8.0)),
+            "gradient": tf.reduce_sum(tape.gradient(loss, x)),
+            "ids": tf.reduce_sum(ids - 2**40),
+            "replica": index,
+        }
+
+    spec = {
+        "x": tf.TensorSpec([2, 1], tf.float32),
+        "id": tf.TensorSpec([2], tf.int64),
+    }
+    x = np.arange(8, dtype=np.float32).reshape(4, 2, 1) ** 2
+    ids = np.arange(8).reshape(4, 2) * 3
+    expected = np.stack(
+        [
+            np.full(4, x.sum() / 4),
+            np.full(4, (x.ravel() * np.arange(8)).sum()),
+            # Every replica's loss sees the rows of all.
+            (1 + 2 + 3 + 4) * 2 * x.sum((1, 2)),
+            np.full(4, ids.sum()),
+            np.arange(4),
+        ],
+        axis=1,
+    )
+    return check_tpu.lower(step, spec, strategy, 4), (ids, x), expected
+
+
+@needs_compiler
+def test_collectives_compute_what_they_say(tmp_path):
+    """By executing the program, on four CPU devices of jax."""
+    program, (ids, x), expected = _lowered_collectives()
+    (tmp_path / "program").write_bytes(program)
+    np.savez(tmp_path / "arguments.npz", ids, x)  # in the order of the keys
+    subprocess.run(
+        [sys.executable, _TESTS / "execute_replicas.py", tmp_path], check=True
+    )
+    # The metrics are in the order in which the step returns them.
+    np.testing.assert_allclose(
+        np.load(tmp_path / "result.npy"), expected, rtol=1e-6
+    )
+
+
+# What the compiler says.
+
+
+def _num_gradients(settings):
+    """Returns how many numbers all replicas have to sum up."""
+    networks = settings.networks
+    return sum(
+        int(np.prod(variable.shape))
+        for model in (networks.encoder, networks.projection)
+        for variable in model.trainable_variables
+    )
+
+
+@needs_compiler
+def test_a_small_step_compiles_for_four_chips(tmp_path):
+    arguments = "--objective=simclr --train_batch_size=32"
+    prepared = _run(
+        f"{_SMALL_RUN} {arguments} --tpu_topology=v5e:2x2", tmp_path
+    )
+    findings = check_tpu.check(prepared, check_tpu.find_slice("v5e:2x2"))
+    compiled = findings.compiled
+    assert compiled.fits, compiled.error
+    assert findings.rows == 8
+    assert 0 < compiled.arguments < compiled.peak < 1 << 28
+    assert 0.9 < compiled.flops / compiled.written_flops < 1.1
+    # Gradients are summed, and BatchNorm's statistics.
+    summed = compiled.collectives["all-reduce"]
+    assert summed["bytes"] > 4 * _num_gradients(prepared)
+    assert summed["count"] > 20
+    assert "compiles       yes" in check_tpu.report(findings)
+
+
+@needs_compiler
+def test_a_step_that_exceeds_the_memory_is_refused(tmp_path):
+    findings = _check(
+        "--objective=simclr --train_batch_size=4194304 --tpu_topology=v5e:2x2",
+        tmp_path,
+    )
+    assert findings.compiled.out_of_memory
+    text = check_tpu.report(findings)
+    assert "exceeds available HBM (15.75G)" in text.replace(
+        "\n" + " " * 15, " "
+    )
+    for advice in ("--mixed_precision", "--remat", "--accumulate_steps=2"):
+        assert advice in text
