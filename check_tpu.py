@@ -280,13 +280,13 @@ def batch_spec(
     return spec | {"crops": crops}
 
 
-def lower(
+def replica_program(
     step: trainer.Step,
     spec: dict[str, Any],
     strategy: tf.distribute.Strategy,
     num_replicas: int,
-) -> bytes:
-    """Returns the program of one of several replicas.
+) -> tf.types.experimental.PolymorphicFunction:
+    """Returns the program of one of several replicas, not traced yet.
 
     Args:
         step: of `trainer.build_step`.
@@ -295,16 +295,28 @@ def lower(
         num_replicas: how many there are.
 
     Returns:
-        Serialized HloModuleProto, not optimized.
+        A function of the batch's tensors, in `tf.nest.flatten`'s order, that
+        returns the metrics, float32 `[m]`.
     """
 
     @tf.autograph.experimental.do_not_convert
-    def replica_step(*flat: tf.Tensor) -> tf.Tensor:
+    def program(*tensors: tf.Tensor) -> tf.Tensor:
         with _Replica(strategy, num_replicas):
-            metrics = step(tf.nest.pack_sequence_as(spec, flat))
+            metrics = step(tf.nest.pack_sequence_as(spec, tensors))
             return tf.stack([tf.cast(v, tf.float32) for v in metrics.values()])
 
-    program = tf.function(replica_step, jit_compile=True)
+    return tf.function(program, jit_compile=True)
+
+
+def lower(
+    program: tf.types.experimental.PolymorphicFunction,
+    spec: dict[str, Any],
+    strategy: tf.distribute.Strategy,
+) -> bytes:
+    """Returns a `replica_program` as a HloModuleProto, as it was written.
+
+    Its parameters are the batch's tensors and what the function captured.
+    """
     with strategy.scope():
         ir = program.experimental_get_compiler_ir(*tf.nest.flatten(spec))
         return ir(stage="hlo_serialized")
@@ -347,11 +359,11 @@ class Compiled:
         return _OUT_OF_MEMORY in self.error
 
 
-def compile_for(where: Slice, program: bytes) -> Compiled:
-    """Has a program compiled, in another process."""
+def compile_for(where: Slice, module: bytes) -> Compiled:
+    """Has what `lower` returned compiled, in another process."""
     with tempfile.TemporaryDirectory() as folder:
         source, result = (pathlib.Path(folder, n) for n in ("in", "out"))
-        source.write_bytes(program)
+        source.write_bytes(module)
         process = subprocess.run(
             [
                 sys.executable,
@@ -444,14 +456,12 @@ def compile_step(run: experiment.Run, where: Slice, rows: int) -> Compiled:
     trainer.freeze(config, run.networks)
     with run.strategy.scope():
         optimizers = trainer.build_optimizers(config, run.networks)
-    program = lower(
-        trainer.build_step(config, run.networks, optimizers),
-        batch_spec(run.train_data, rows, config.views),
-        run.strategy,
-        where.num_replicas,
-    )
+    step = trainer.build_step(config, run.networks, optimizers)
+    spec = batch_spec(run.train_data, rows, config.views)
+    program = replica_program(step, spec, run.strategy, where.num_replicas)
+    module = lower(program, spec, run.strategy)
     lowered = time.monotonic()
-    compiled = compile_for(where, program)
+    compiled = compile_for(where, module)
     logging.info(
         "%d images a replica: lowered in %.0f s, %s in %.0f s.",
         rows,

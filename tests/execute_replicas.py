@@ -3,8 +3,8 @@
 
 python execute_replicas.py FOLDER
 
-Reads `program` and `arguments.npz`, arrays of N parts, and writes the parts of
-the one result, `result.npy`.
+Reads `program` and its arguments: `split.npz`, of which every replica has its
+part of the rows, and `same.npz`. Writes `results.npz`, replicas in front.
 """
 
 import os
@@ -44,18 +44,20 @@ def main(folder):
             ),
             [],
         )
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-    sharding = jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec("data")
-    )
-    with np.load(folder / "arguments.npz") as file:
-        arguments = [
-            jax.device_put(np.concatenate(list(parts)), sharding)
-            for parts in file.values()
-        ]
-    results = executable.execute_sharded(arguments)
-    (parts,) = results.disassemble_into_single_device_arrays()
-    np.save(folder / "result.npy", np.stack(list(map(np.asarray, parts))))
+    mesh = jax.sharding.Mesh(np.array(devices), ("replica",))
+    arguments = []
+    for name, axes in (("split", ["replica"]), ("same", [])):
+        placed = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(*axes)
+        )
+        with np.load(folder / f"{name}.npz") as file:
+            arguments += [jax.device_put(x, placed) for x in file.values()]
+    outputs = executable.execute_sharded(arguments)
+    results = [
+        np.stack([np.asarray(part) for part in parts])
+        for parts in outputs.disassemble_into_single_device_arrays()
+    ]
+    np.savez(folder / "results.npz", *results)
 
 
 if __name__ == "__main__":

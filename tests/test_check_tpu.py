@@ -18,9 +18,12 @@ from absl.testing import flagsaver
 import check_tpu
 import data
 import data_util
+import experiment
+import methods
 import run
 import sources
 import tpu_compiler
+import trainer
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 _SMALL_RUN = (
@@ -298,13 +301,46 @@ def test_a_misspelt_dataset_is_refused():
         data.outline("cifar01")
 
 
-# The program of a replica.
+# The program of a replica, executed by jax on four devices of the CPU.
 
 
-def _lowered_collectives():
-    """Returns a program of 4 replicas, and what it makes of their rows."""
+def _execute(step, batch, folder):
+    """Runs a step, lowered for 4 replicas, on all of them.
+
+    Args:
+        step: of a batch of one replica.
+        batch: arrays of all rows, by name.
+        folder: to work in.
+
+    Returns:
+        Array `[4, m]`, each replica's metrics; the variables; and, as arrays
+        `[4, ...]`, what the step makes of them.
+    """
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    spec = {
+        name: tf.TensorSpec([len(rows) // 4, *rows.shape[1:]], rows.dtype)
+        for name, rows in batch.items()
+    }
+    program = check_tpu.replica_program(step, spec, strategy, 4)
+    module = check_tpu.lower(program, spec, strategy)
+    concrete = program.get_concrete_function(*tf.nest.flatten(spec))
+    captured = concrete.captured_inputs
+    variables = {id(v.handle): v for v in concrete.variables}
+    held = [variables[id(x)] for x in captured if id(x) in variables]
+    assert len(held) == len(captured)
+    (folder / "program").write_bytes(module)
+    np.savez(folder / "split.npz", *tf.nest.flatten(batch))
+    np.savez(folder / "same.npz", *[v.numpy() for v in held])
+    subprocess.run(
+        [sys.executable, _TESTS / "execute_replicas.py", folder], check=True
+    )
+    with np.load(folder / "results.npz") as file:
+        metrics, *changed = file.values()
+    return metrics, held, changed
 
+
+@needs_compiler
+def test_collectives_compute_what_they_say(tmp_path):
     def step(batch):
         replica = tf.distribute.get_replica_context()
         index = tf.cast(replica.replica_id_in_sync_group, tf.float32)
@@ -323,39 +359,62 @@ def _lowered_collectives():
             "replica": index,
         }
 
-    spec = {
-        "x": tf.TensorSpec([2, 1], tf.float32),
-        "id": tf.TensorSpec([2], tf.int64),
-    }
-    x = np.arange(8, dtype=np.float32).reshape(4, 2, 1) ** 2
-    ids = np.arange(8).reshape(4, 2) * 3
+    x = np.arange(8, dtype=np.float32)[:, np.newaxis] ** 2
+    ids = np.arange(8) * 3
+    metrics, _, _ = _execute(step, {"x": x, "id": ids}, tmp_path)
     expected = np.stack(
         [
             np.full(4, x.sum() / 4),
-            np.full(4, (x.ravel() * np.arange(8)).sum()),
+            np.full(4, x[:, 0] @ np.arange(8)),
             # Every replica's loss sees the rows of all.
-            (1 + 2 + 3 + 4) * 2 * x.sum((1, 2)),
+            (1 + 2 + 3 + 4) * 2 * x.reshape(4, 2).sum(1),
             np.full(4, ids.sum()),
             np.arange(4),
         ],
         axis=1,
     )
-    return check_tpu.lower(step, spec, strategy, 4), (ids, x), expected
+    np.testing.assert_allclose(metrics, expected, rtol=1e-6)
 
 
 @needs_compiler
-def test_collectives_compute_what_they_say(tmp_path):
-    """By executing the program, on four CPU devices of jax."""
-    program, (ids, x), expected = _lowered_collectives()
-    (tmp_path / "program").write_bytes(program)
-    np.savez(tmp_path / "arguments.npz", ids, x)  # in the order of the keys
-    subprocess.run(
-        [sys.executable, _TESTS / "execute_replicas.py", tmp_path], check=True
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["simclr", "semppl"])
+def test_the_program_computes_what_one_device_does(objective, tmp_path):
+    """Metrics, and every variable after a step."""
+    prepared = _run(
+        f"{_SMALL_RUN} --objective={objective} --train_batch_size=16 "
+        "--tpu_topology=v5e:2x2 --proj_hidden_dim=32 --optimizer=momentum "
+        "--train_steps=10 --warmup_epochs=0 --learning_rate=0.1",
+        tmp_path,
     )
-    # The metrics are in the order in which the step returns them.
+    config = experiment.make_train_config(
+        prepared.settings, prepared.train_data, 1
+    )
+    with prepared.strategy.scope():
+        optimizers = trainer.build_optimizers(config, prepared.networks)
+    step = trainer.build_step(config, prepared.networks, optimizers)
+    patches = data.load("photo_patches", "test").source
+    batch = {
+        "id": np.arange(16),
+        "epoch": np.zeros(16, np.int32),
+        "image": patches.images[::100][:16],
+        "label": patches.labels[::100][:16] % 10,
+        "weight": np.ones(16, np.float32),
+    }
+    metrics, held, after = _execute(step, batch, tmp_path)
+    one = prepared.strategy.run(
+        tf.function(step, autograph=False),
+        [tf.nest.map_structure(tf.constant, batch)],
+    )
     np.testing.assert_allclose(
-        np.load(tmp_path / "result.npy"), expected, rtol=1e-6
+        metrics.mean(0), [float(v) for v in one.values()], rtol=1e-3, atol=1e-4
     )
+    for variable, copies in zip(held, after, strict=True):
+        for copy in copies:
+            np.testing.assert_allclose(
+                copy, variable.numpy(), rtol=1e-3, atol=1e-4,
+                err_msg=variable.name,
+            )  # fmt: skip
 
 
 # What the compiler says.
@@ -403,3 +462,64 @@ def test_a_step_that_exceeds_the_memory_is_refused(tmp_path):
     )
     for advice in ("--mixed_precision", "--remat", "--accumulate_steps=2"):
         assert advice in text
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", methods.METHODS)
+def test_every_objective_compiles(objective, tmp_path):
+    name = "relic --use_siglip" if objective == "siglip" else objective
+    # The default head of some has more weights than this encoder.
+    findings = _check(
+        f"--objective={name} --train_batch_size=32 --proj_hidden_dim=32 "
+        "--tpu_topology=v4-8",
+        tmp_path,
+    )
+    assert findings.compiled.fits, findings.compiled.error
+    assert findings.compiled.collectives["all-reduce"]["count"] > 20
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--mixed_precision --tpu_topology=v3-8 --train_batch_size=64",
+        "--dataset=imagenet2012 --tpu_topology=v6e-1 --train_batch_size=8",
+        "--accumulate_steps=2 --tpu_topology=v5p-8 --train_batch_size=64",
+        "--train_mode=finetune --checkpoint=none --optimizer=momentum "
+        "--fine_tune_after_block=4 --tpu_topology=v2-8 --train_batch_size=64",
+        "--objective=semppl --labelled_fraction=0.1 --mask_probability=0.5 "
+        "--saliency=spectral --proj_hidden_dim=32 --tpu_topology=v5e:2x2 "
+        "--train_batch_size=32",
+    ],
+)
+def test_other_runs_compile(arguments, tmp_path):
+    findings = _check(arguments, tmp_path)
+    assert findings.compiled.fits, findings.compiled.error
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_remat_needs_less_memory_and_a_forward_pass_more(tmp_path):
+    arguments = "--tpu_topology=v5e-1 --train_batch_size=256 --resnet_depth=18"
+    kept, again = (
+        _check(f"--objective=simclr {arguments} {flag}", tmp_path).compiled
+        for flag in ("--noremat", "--remat")
+    )
+    assert again.peak < 0.6 * kept.peak
+    # Forward and backward are three passes; the loss is a part of them.
+    assert 1.25 < again.flops / kept.flops < 1.34
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_largest_batch_is_found(tmp_path):
+    """Wide images fill the memory fast; its compiler computes again first."""
+    findings = _check(
+        "--tpu_topology=v2-8 --dataset=imagenet2012 --train_batch_size=1024 "
+        "--find_batch",
+        tmp_path,
+    )
+    assert findings.compiled.fits
+    assert findings.largest > findings.rows
