@@ -8,7 +8,6 @@ has it compiled by libtpu, the compiler of the TPU itself. Neither is executed.
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -32,7 +31,6 @@ import tpu_compiler
 import trainer
 
 _GIB = 1 << 30
-_PACKAGES = ("jax", "libtpu")
 # Below this share of the memory, the compiler had no reason to recompute.
 _ROOMY = 0.75
 # What recomputation is measured against has this share of the images.
@@ -44,7 +42,8 @@ _RECOMPUTED = 0.01  # less is rounding
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _NOT_COVERED = """
 
-Compiled by {versions}, nothing was executed. Peaks of chips: Google's pages.
+By {compiler}; nothing was executed. Peaks are those of
+Google's pages.
 Not covered: data and hosts, batches waiting in HBM (leave room for two),
 checkpoints and evaluation, time a step takes, TPUStrategy's own way into the
 compiler and the version that it has, whether such a slice is free.
@@ -177,7 +176,11 @@ def find_slice(name: str) -> Slice:
 
 def require_compiler() -> None:
     """Raises a ValueError, unless the compiler is installed."""
-    missing = [n for n in _PACKAGES if not importlib.util.find_spec(n)]
+    missing = [
+        name
+        for name in tpu_compiler.PACKAGES
+        if not importlib.util.find_spec(name)
+    ]
     if missing:
         raise ValueError(
             f"--mode=check_tpu needs {' and '.join(missing)}: pip install -r "
@@ -327,6 +330,7 @@ class Compiled:
     """What the compiler said; of one replica and step.
 
     Attributes:
+        compiler: its versions; "" where it did not live to say.
         error: why it did not compile; or "".
         arguments: bytes of weights, optimizer and batch.
         temporaries: bytes of activations and all else.
@@ -337,6 +341,7 @@ class Compiled:
         collectives: `count` and `bytes` of each kind.
     """
 
+    compiler: str = ""
     error: str = ""
     arguments: int = 0
     temporaries: int = 0
@@ -584,10 +589,9 @@ def report(findings: Findings) -> str:
             if findings.largest
             else "none that fits",
         )
-    versions = " and ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES
+    return "\n".join(lines) + _NOT_COVERED.format(
+        compiler=compiled.compiler or "libtpu"
     )
-    return "\n".join(lines) + _NOT_COVERED.format(versions=versions)
 
 
 def _amount(value: float, unit: str) -> str:

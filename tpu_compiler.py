@@ -9,6 +9,7 @@ TensorFlow. What is used of jax is partly private, so its version is pinned, in
 """
 
 import collections
+import importlib.metadata
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+PACKAGES = ("libtpu", "jax")
 _ENVIRONMENT = {
     # Several checks may run at a time; this machine need not be Google's.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -67,10 +69,10 @@ def compile_program(
         **options: libtpu's, of the topology.
 
     Returns:
-        `error`, the compiler's own message; or, of one device: bytes of
-        `arguments`, of `temporaries` and at the `peak`; a step's `flops` and
-        `bytes_accessed` as compiled, and its `written_flops`, those of the
-        program as it came; and `collectives`.
+        `compiler`, the versions; and either `error`, its own message, or, of
+        one device: bytes of `arguments`, of `temporaries` and at the `peak`; a
+        step's `flops` and `bytes_accessed` as compiled, and `written_flops`,
+        those of the program as it came; and `collectives`.
     """
     import jax
     import numpy as np
@@ -81,6 +83,8 @@ def compile_program(
     from jax.experimental import topologies
     from jaxlib import _hlo
 
+    versions = [f"{n} {importlib.metadata.version(n)}" for n in PACKAGES]
+    found: dict[str, Any] = {"compiler": " and ".join(versions)}
     written = _jax.hlo_module_cost_analysis(
         jax.devices("cpu")[0].client,
         _hlo.HloModule.from_serialized_hlo_module_proto(program),
@@ -105,11 +109,11 @@ def compile_program(
                 [],
             )
     except jax.errors.JaxRuntimeError as error:
-        return {"error": str(error)}
+        return found | {"error": str(error)}
     memory = executable.get_compiled_memory_stats()
     cost = executable.cost_analysis()
     (compiled,) = executable.hlo_modules()
-    return {
+    return found | {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,

@@ -8,6 +8,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -200,6 +201,62 @@ def test_report_of_a_step_that_does_not_fit():
     text = check_tpu.report(_findings(other, advice=("--remat: less",)))
     assert "UNIMPLEMENTED: eig" in text
     assert "--remat" not in text
+
+
+class _Memory:
+    """A compiler whose programs need 0.1 GiB an image, up to a limit."""
+
+    def __init__(self, monkeypatch, most, error="RESOURCE_EXHAUSTED"):
+        self.tried, self._most, self._error = [], most, error
+        monkeypatch.setattr(check_tpu, "compile_step", self)
+
+    def __call__(self, _, __, rows):
+        self.tried.append(rows)
+        if rows > self._most:
+            return check_tpu.Compiled(error=self._error)
+        peak = int(rows * 0.1 * (1 << 30))
+        return dataclasses.replace(_STEP, peak=peak)
+
+
+def _settings(batch_size, accumulate_steps=1):
+    return types.SimpleNamespace(
+        settings=types.SimpleNamespace(
+            train_batch_size=batch_size,
+            accumulate_steps=accumulate_steps,
+            train_mode="pretrain",
+            encoder="resnet",
+            mixed_precision=True,
+            remat=True,
+        )
+    )
+
+
+def test_scarce_memory_is_compared_with_a_small_batch(monkeypatch):
+    where = check_tpu.find_slice("v5e:2x2")  # of 15.75 GiB
+    compiler = _Memory(monkeypatch, most=150)
+    assert check_tpu.check(_settings(4 * 100), where).small is None
+    assert check_tpu.check(_settings(4 * 144), where).small
+    assert check_tpu.check(_settings(4 * 144, 12), where).small
+    assert compiler.tried == [100, 144, 18, 144, 12]
+
+
+def test_the_largest_batch_is_looked_for_if_asked(monkeypatch):
+    where = check_tpu.find_slice("v5e:2x2")
+    compiler = _Memory(monkeypatch, most=150)
+    assert check_tpu.check(_settings(4 * 100), where).largest is None
+    findings = check_tpu.check(_settings(4 * 200), where, find_batch=True)
+    assert findings.compiled.out_of_memory
+    assert 136 <= findings.largest <= 150
+    assert findings.largest % 8 == 0
+    assert findings.advice == (
+        "--accumulate_steps=2: the same batch, in smaller parts",
+        "a smaller --train_batch_size, or a slice of more chips",
+    )
+    # Any other refusal would be the same at every size.
+    compiler = _Memory(monkeypatch, most=0, error="UNIMPLEMENTED")
+    findings = check_tpu.check(_settings(4 * 200), where, find_batch=True)
+    assert findings.largest is None
+    assert compiler.tried == [200]
 
 
 def test_collectives_are_counted_with_their_bytes():
@@ -510,16 +567,3 @@ def test_remat_needs_less_memory_and_a_forward_pass_more(tmp_path):
     assert again.peak < 0.6 * kept.peak
     # Forward and backward are three passes; the loss is a part of them.
     assert 1.25 < again.flops / kept.flops < 1.34
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_the_largest_batch_is_found(tmp_path):
-    """Wide images fill the memory fast; its compiler computes again first."""
-    findings = _check(
-        "--tpu_topology=v2-8 --dataset=imagenet2012 --train_batch_size=1024 "
-        "--find_batch",
-        tmp_path,
-    )
-    assert findings.compiled.fits
-    assert findings.largest > findings.rows
