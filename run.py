@@ -48,6 +48,7 @@ import reporting
 import resnet
 import run_report
 import saliency
+import tpu_slices
 import trainer
 from experiment import Run, Settings
 
@@ -1506,7 +1507,7 @@ def _embed(run: Run) -> Callable[[], None]:
 
 def _check_tpu(run: Run) -> Callable[[], None]:
     """Prepares the compilation of the training step for a TPU."""
-    where = check_tpu.find_slice(run.settings.tpu_topology)
+    where = tpu_slices.find_slice(run.settings.tpu_topology)
     check_tpu.require_compiler()
     check_tpu.train_config(run, where)  # before any compute
 

@@ -24,6 +24,7 @@ import methods
 import run
 import sources
 import tpu_compiler
+import tpu_slices
 import trainer
 
 _TESTS = pathlib.Path(__file__).resolve().parent
@@ -52,7 +53,7 @@ def _run(arguments, tmp_path):
 
 def _check(arguments, tmp_path):
     prepared = _run(f"{_SMALL_RUN} {arguments}", tmp_path)
-    where = check_tpu.find_slice(prepared.settings.tpu_topology)
+    where = tpu_slices.find_slice(prepared.settings.tpu_topology)
     return check_tpu.check(
         prepared, where, find_batch=prepared.settings.find_batch
     )
@@ -78,7 +79,7 @@ def _check(arguments, tmp_path):
     ],
 )
 def test_slices_have_the_names_people_rent(name, chip, topology, replicas):
-    found = check_tpu.find_slice(name)
+    found = tpu_slices.find_slice(name)
     assert (found.chip.name, found.topology) == (chip, topology)
     assert found.num_replicas == replicas
     assert found.request()["topology"] == f"{chip}:{topology}"
@@ -86,11 +87,11 @@ def test_slices_have_the_names_people_rent(name, chip, topology, replicas):
 
 def test_every_slice_is_found_by_all_of_its_names():
     names = []
-    for chip in check_tpu.CHIPS:
+    for chip in tpu_slices.CHIPS:
         for topology in chip.topologies.split():
-            known = check_tpu.Slice(chip, topology)
-            assert check_tpu.find_slice(known.name) == known
-            assert check_tpu.find_slice(f"{chip.name}:{topology}") == known
+            known = tpu_slices.Slice(chip, topology)
+            assert tpu_slices.find_slice(known.name) == known
+            assert tpu_slices.find_slice(f"{chip.name}:{topology}") == known
             names.append(known.name)
     assert len(set(names)) == len(names)
 
@@ -100,13 +101,13 @@ def test_every_slice_is_found_by_all_of_its_names():
 )
 def test_other_slices_are_refused_with_the_list(name):
     with pytest.raises(ValueError, match="v5litepod-32 \\(4x8\\)") as error:
-        check_tpu.find_slice(name)
+        tpu_slices.find_slice(name)
     assert f"Received: {name!r}" in str(error.value)
     assert "v4-32 (2x2x4)" in str(error.value)
 
 
 def test_v4_is_compiled_for_chips_not_for_cores():
-    assert check_tpu.find_slice("v4-8").request() == {
+    assert tpu_slices.find_slice("v4-8").request() == {
         "topology": "v4:2x2x1",
         "chip_config_name": "megacore",
     }
@@ -127,12 +128,12 @@ _STEP = check_tpu.Compiled(
 
 def _findings(compiled=_STEP, name="v5e:4x8", **more):
     return check_tpu.Findings(
-        where=check_tpu.find_slice(name), rows=128, compiled=compiled, **more
+        where=tpu_slices.find_slice(name), rows=128, compiled=compiled, **more
     )
 
 
 def test_roofline_is_of_a_replica():
-    (v3,) = (chip for chip in check_tpu.CHIPS if chip.name == "v3")
+    (v3,) = (chip for chip in tpu_slices.CHIPS if chip.name == "v3")
     step = dataclasses.replace(_STEP, flops=123e12, bytes_accessed=450e9)
     # Of v3's chips, a replica has half.
     assert check_tpu.roofline(step, v3) == pytest.approx((2.0, 1.0))
@@ -232,7 +233,7 @@ def _settings(batch_size, accumulate_steps=1):
 
 
 def test_scarce_memory_is_compared_with_a_small_batch(monkeypatch):
-    where = check_tpu.find_slice("v5e:2x2")  # of 15.75 GiB
+    where = tpu_slices.find_slice("v5e:2x2")  # of 15.75 GiB
     compiler = _Memory(monkeypatch, most=150)
     assert check_tpu.check(_settings(4 * 100), where).small is None
     assert check_tpu.check(_settings(4 * 144), where).small
@@ -241,7 +242,7 @@ def test_scarce_memory_is_compared_with_a_small_batch(monkeypatch):
 
 
 def test_the_largest_batch_is_looked_for_if_asked(monkeypatch):
-    where = check_tpu.find_slice("v5e:2x2")
+    where = tpu_slices.find_slice("v5e:2x2")
     compiler = _Memory(monkeypatch, most=150)
     assert check_tpu.check(_settings(4 * 100), where).largest is None
     findings = check_tpu.check(_settings(4 * 200), where, find_batch=True)
@@ -278,7 +279,7 @@ def test_a_compiler_that_aborts_is_reported(tmp_path, monkeypatch):
     script.write_text("import os, sys\nsys.stderr.write('F0000 check\\n')\n"
                       "sys.stderr.flush()\nos.abort()\n")  # fmt: skip
     monkeypatch.setattr(tpu_compiler, "__file__", str(script))
-    compiled = check_tpu.compile_for(check_tpu.find_slice("v5e:2x2"), b"")
+    compiled = check_tpu.compile_for(tpu_slices.find_slice("v5e:2x2"), b"")
     assert not compiled.fits
     assert "SIGABRT" in compiled.error
     assert "F0000 check" in compiled.error
@@ -493,7 +494,7 @@ def test_a_small_step_compiles_for_four_chips(tmp_path):
     prepared = _run(
         f"{_SMALL_RUN} {arguments} --tpu_topology=v5e:2x2", tmp_path
     )
-    findings = check_tpu.check(prepared, check_tpu.find_slice("v5e:2x2"))
+    findings = check_tpu.check(prepared, tpu_slices.find_slice("v5e:2x2"))
     compiled = findings.compiled
     assert compiled.fits, compiled.error
     assert findings.rows == 8

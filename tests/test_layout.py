@@ -53,11 +53,13 @@ _MAY_IMPORT = {
         "trainer",
     },
     "tpu_compiler": set(),
+    "tpu_slices": set(),
     "check_tpu": {
         "data",
         "data_util",
         "experiment",
         "tpu_compiler",
+        "tpu_slices",
         "trainer",
     },
     "run_report": {
@@ -87,6 +89,7 @@ _MAY_IMPORT = {
         "resnet",
         "run_report",
         "saliency",
+        "tpu_slices",
         "trainer",
     },
 }
