@@ -41,6 +41,8 @@ _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
+# Modes that build what training needs.
+TRAINING_MODES = ("train", "train_then_eval", "selftest", "check_tpu")
 _DATA_FLAGS = ("dataset", "data_dir", "train_split", "seed")
 # Flags that replace the value of an augmentation's preset.
 AUGMENTATION_OVERRIDES = tuple(
@@ -88,9 +90,17 @@ class Run:
         self._settle()
         self._log_settings()
 
+    @property
+    def _is_imagined(self) -> bool:
+        """Whether nothing is trained: neither devices nor data are used."""
+        return self.settings.dry_run or self.settings.mode == "check_tpu"
+
     def _choose_strategy(self) -> None:
         """Resolves what the flags say of devices."""
         settings = self.settings
+        if self._is_imagined and settings.tpu_topology:
+            settings.strategy, settings.use_tpu = "tpu", True
+            return
         gpus = tf.config.list_physical_devices("GPU")
         settings.strategy = devices.choose_strategy(
             settings.strategy,
@@ -114,7 +124,7 @@ class Run:
 
     def _make_strategy(self, first_alone: bool) -> tf.distribute.Strategy:
         settings = self.settings
-        if settings.dry_run:
+        if self._is_imagined:
             return devices.host_only()
         return devices.make_strategy(
             settings.strategy,
@@ -209,6 +219,9 @@ class Run:
             )
         if settings.train_mode == "finetune":
             return None
+        if self._is_imagined:  # it matters not which
+            some = given or settings.labelled_batch_share
+            return np.arange(1) if some else None
         if given and self._continues((*flags, *_DATA_FLAGS)):
             # Reading all labels of a large dataset again would take minutes.
             return labelled.read(settings.model_dir)
@@ -245,11 +258,19 @@ class Run:
         settings = self.settings
         finetune = settings.train_mode == "finetune"
         masked = not finetune and settings.mask_probability
-        dataset = self._load(
-            settings.train_split,
-            mask_dir=settings.mask_dir if masked else None,
-            saliency=settings.saliency if masked else None,
-        )
+        if self._is_imagined:
+            dataset = data.outline(
+                settings.dataset,
+                settings.train_split,
+                data_dir=settings.data_dir,
+                channels=settings.channels,
+            )
+        else:
+            dataset = self._load(
+                settings.train_split,
+                mask_dir=settings.mask_dir if masked else None,
+                saliency=settings.saliency if masked else None,
+            )
         if settings.objective == "semppl" and not dataset.num_classes:
             raise ValueError(
                 f"SemPPL needs some labels; {settings.dataset} "
@@ -268,7 +289,7 @@ class Run:
         settings, size = self.settings, self.train_data.image_size
         if settings.image_size is None:
             settings.image_size = min(size) if size else _IMAGENET_SIZE
-        trains = settings.mode in ("train", "train_then_eval")
+        trains = settings.mode in TRAINING_MODES
         if trains and size and settings.image_size > min(size):
             raise ValueError(
                 f"--image_size={settings.image_size} exceeds the images of "
@@ -290,7 +311,12 @@ class Run:
             # ReLICv2's 96 of 224; of a small image that would be little.
             share = 1 / 2 if is_small else 96 / 224
             settings.small_image_size = int(settings.image_size * share)
-        if settings.queue_size is None:
+        self._settle_queue()
+
+    def _settle_queue(self) -> None:
+        """Makes the queue as long as it is to be for the batch."""
+        settings = self.settings
+        if self._sources["queue_size"] == "default":
             settings.queue_size = _QUEUE_BATCHES * settings.train_batch_size
         is_short = settings.queue_size < settings.train_batch_size
         if settings.objective == "semppl" and is_short:
@@ -303,6 +329,20 @@ class Run:
         """Gives flags values that were found, and says where."""
         vars(self.settings).update(flags)
         self._sources |= dict.fromkeys(flags, source)
+
+    def with_batch(self, train_batch_size: int) -> "Run":
+        """Returns the run with another batch, and networks of its own.
+
+        Raises:
+            ValueError: if SemPPL's queue does not hold such a batch.
+        """
+        other = copy.copy(self)
+        other.settings = Settings(**vars(self.settings))
+        other.settings.train_batch_size = train_batch_size
+        other._settle_queue()
+        for name in ("architecture", "networks"):
+            vars(other).pop(name, None)
+        return other
 
     def held_out(self, model_dir: str, **flags: Any) -> "Run":
         """Returns a run that is evaluated on images held out of training.
@@ -457,11 +497,7 @@ def make_architecture(
 ) -> model.Architecture:
     """Returns the networks that the flags describe."""
     finetune = settings.train_mode == "finetune"
-    pretrains = not finetune and settings.mode in (
-        "train",
-        "train_then_eval",
-        "selftest",
-    )
+    pretrains = not finetune and settings.mode in TRAINING_MODES
     needs_classifier = finetune or settings.lineareval_while_pretraining
     if finetune and not num_classes:
         raise ValueError(

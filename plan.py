@@ -9,6 +9,7 @@ import tensorflow as tf
 import checkpoint as checkpoint_lib
 import devices
 import experiment
+import tpu_slices
 import trainer
 
 # Where it is not known how many cores there will be.
@@ -22,16 +23,16 @@ def describe(run: experiment.Run) -> str:
         ValueError: if the flags contradict each other, or the data.
     """
     settings = run.settings
-    replicas = devices.num_replicas(settings.strategy, settings.cpu_replicas)
+    where, replicas = _devices(settings)
     config = experiment.make_train_config(
         settings, run.train_data, replicas or 1
     )
     lines = {
         "training": f"{_what(settings)}, {settings.dataset} "
-        f"{run.train_data.split}, {config.num_examples:,} images",
+        f"{run.train_data.split}, {config.num_examples:,} images"
+        + "".join(f"; {note}" for note in run.train_data.notes),
         **_sweep(settings),
-        "devices": f"{settings.strategy}, "
-        + (f"{replicas} replicas" if replicas else "as many cores as it has"),
+        "devices": where,
         "steps": f"{config.train_steps:,}, of them "
         f"{min(config.warmup_steps, config.train_steps):,} of warm-up; "
         f"{config.train_steps * config.batch_size / config.num_examples:.4g} "
@@ -85,6 +86,19 @@ def _sweep(settings: experiment.Settings) -> dict[str, str]:
         f"{' and '.join(map(str, epochs))} epochs, without {held_out:,} "
         "held-out images; what follows is of the flags as they are"
     }
+
+
+def _devices(settings: experiment.Settings) -> tuple[str, int | None]:
+    """Returns what they are, and how many replicas; None: who knows."""
+    if settings.tpu_topology:
+        slice_ = tpu_slices.find_slice(settings.tpu_topology)
+        count: int | None = slice_.num_replicas
+        return f"{slice_.name}, {count} replicas", count
+    count = devices.num_replicas(settings.strategy, settings.cpu_replicas)
+    known = "as many cores as it has"
+    if count:
+        known = "1 replica" if count == 1 else f"{count} replicas"
+    return f"{settings.strategy}, {known}", count
 
 
 def _per_core(config: trainer.TrainConfig, replicas: int | None) -> str:
@@ -141,7 +155,8 @@ def _state_bytes(
 ) -> tuple[int, int] | None:
     """Returns the bytes of the networks, and of all that is saved."""
     start = run.settings.checkpoint
-    if start and not tf.io.gfile.exists(checkpoint_lib.run_directory(start)):
+    files = (start, f"{start}.index")  # directory or file; prefix of files
+    if start and not any(map(tf.io.gfile.exists, files)):
         return None
     trainer.freeze(config, run.networks)
     optimizers = trainer.build_optimizers(config, run.networks)

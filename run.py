@@ -33,6 +33,7 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
+import check_tpu
 import checkpoint as checkpoint_lib
 import data
 import data_util
@@ -52,6 +53,7 @@ import run_report
 import saliency
 import selftest
 import sources as sources_lib
+import tpu_slices
 import trainer
 from experiment import Run, Settings
 
@@ -62,6 +64,7 @@ _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
 _EXIT_DIFFERS = 1
 _EXIT_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may work again
+_EXIT_NOT_FITTING = 4
 
 # `siglip` is `relic --use_siglip`.
 _OBJECTIVES = tuple(
@@ -104,13 +107,16 @@ flags.DEFINE_enum(
         "predict",
         "export",
         "selftest",
+        "check_tpu",
     ],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
     "--checkpoint's features with raw pixels and a random encoder; embed: "
     "write its features of --input; predict: the classes it sees there; "
     "export: write its networks in formats that other programs read; "
-    "selftest: compare a few steps on all devices with the same on one.",
+    "selftest: compare a few steps on all devices with the same on one; "
+    "check_tpu: have the training step compiled for --tpu_topology, no TPU "
+    "needed.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -152,7 +158,8 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "dry_run",
     False,
-    "Print what training would be, steps, rates, sizes, and touch no device.",
+    "Print what training would be, steps, rates, sizes; no device, nor the "
+    "data, need be there.",
 )
 flags.DEFINE_integer(
     "seed",
@@ -804,6 +811,17 @@ flags.DEFINE_float(
     "How long to wait for a named TPU to be ready.",
     lower_bound=0,
 )
+flags.DEFINE_string(
+    "tpu_topology",
+    None,
+    "check_tpu, dry_run: slice by the name it is rented as, or chip and "
+    "topology: v5litepod-32, v5e:4x8.",
+)
+flags.DEFINE_bool(
+    "find_batch",
+    False,
+    "check_tpu: whether to look for the largest batch that fits.",
+)
 flags.DEFINE_integer(
     "cpu_replicas",
     1,
@@ -889,6 +907,7 @@ _OF_MODES = {
     ),
     ("embed", "predict"): ("input", "input_split", "output"),
     ("predict",): ("top_k",),
+    ("check_tpu",): ("tpu_topology", "find_batch"),
     ("export",): ("format", "export_dir"),
 }
 _MEANT_BY_EXPORT = {
@@ -994,6 +1013,7 @@ def _prepare(settings: Settings, origins: dict[str, str]) -> Callable[[], None]:
         "probe": _probe,
         "embed": _embed,
         "predict": _embed,
+        "check_tpu": _check_tpu,
     }
     return modes[settings.mode](run)
 
@@ -1198,6 +1218,10 @@ def _check_inputs(settings: Settings) -> None:
         )
     if settings.mode in ("embed", "predict") and not settings.input:
         raise ValueError(f"--mode={settings.mode} needs --input, the images.")
+    if settings.mode == "check_tpu" and not settings.tpu_topology:
+        raise ValueError(
+            "--mode=check_tpu needs --tpu_topology, such as v5litepod-32."
+        )
     if settings.mode == "embed" and not settings.output:
         raise ValueError("--mode=embed needs --output, the file to write.")
 
@@ -1219,6 +1243,8 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
         if settings.mode not in modes:
             of = f"it is of --mode={' and '.join(modes)}"
             reasons |= dict.fromkeys(names, of)
+    if settings.dry_run:
+        del reasons["tpu_topology"]
     if settings.train_mode == "finetune":
         for name in (
             *of_methods,
@@ -1635,6 +1661,23 @@ def _export(settings: Settings) -> Callable[[], None]:
         refused = [name for name in results if "refused" in results[name]]
         if refused:
             _exit(_EXIT_USAGE, f"Error: not written: {', '.join(refused)}.")
+
+    return work
+
+
+def _check_tpu(run: Run) -> Callable[[], None]:
+    """Prepares the compilation of the training step for a TPU."""
+    where = tpu_slices.find_slice(run.settings.tpu_topology)
+    check_tpu.require_compiler()
+    check_tpu.train_config(run, where)  # before any compute
+
+    def work() -> None:
+        findings = check_tpu.check(
+            run, where, find_batch=run.settings.find_batch
+        )
+        sys.stdout.write(check_tpu.report(findings))
+        if not findings.compiled.fits:
+            sys.exit(_EXIT_NOT_FITTING)
 
     return work
 

@@ -56,8 +56,24 @@ _MAY_IMPORT = {
         "schedules",
         "trainer",
     },
-    "plan": {"checkpoint", "devices", "experiment", "trainer"},
+    "plan": {
+        "checkpoint",
+        "devices",
+        "experiment",
+        "tpu_slices",
+        "trainer",
+    },
     "selftest": {"data", "experiment", "model", "trainer"},
+    "tpu_compiler": set(),
+    "tpu_slices": set(),
+    "check_tpu": {
+        "data",
+        "data_util",
+        "experiment",
+        "tpu_compiler",
+        "tpu_slices",
+        "trainer",
+    },
     "run_report": {
         "checkpoint",
         "data",
@@ -70,6 +86,7 @@ _MAY_IMPORT = {
         "reporting",
     },
     "run": {
+        "check_tpu",
         "checkpoint",
         "data",
         "data_util",
@@ -89,6 +106,7 @@ _MAY_IMPORT = {
         "saliency",
         "selftest",
         "sources",
+        "tpu_slices",
         "trainer",
     },
 }
