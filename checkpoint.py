@@ -53,18 +53,26 @@ class TrainingCheckpoints:
     """
 
     def __init__(
-        self, directory: str, *, max_to_keep: int, **objects: Any
+        self,
+        directory: str,
+        *,
+        max_to_keep: int,
+        saves: bool = True,
+        **objects: Any,
     ) -> None:
         """Prepares to save and restore.
 
         Args:
             directory: the run directory, made on the first save.
             max_to_keep: older checkpoints are deleted.
+            saves: whether this process writes; of several machines, which all
+                hold the same state, one does.
             **objects: keras models, stored by the paths of their variables,
                 and other trackable objects; all their variables exist.
                 None is left out.
         """
         self.directory = directory
+        self._saves = saves
         self.step = tf.Variable(0, dtype=tf.int64, name="step")
         self._checkpoint = tf.train.Checkpoint(
             step=self.step,
@@ -83,10 +91,11 @@ class TrainingCheckpoints:
         """The newest checkpoint's file prefix; None where there is none."""
         return self._manager.latest_checkpoint
 
-    def save(self, step: int) -> str:
-        """Writes the state after `step` steps; returns the file prefix."""
+    def save(self, step: int) -> None:
+        """Writes the state after `step` steps."""
         self.step.assign(step)
-        return self._manager.save(checkpoint_number=step)
+        if self._saves:
+            self._manager.save(checkpoint_number=step)
 
     def restore_latest(self) -> int:
         """Restores the newest readable checkpoint.

@@ -39,7 +39,7 @@ def load(
     *,
     data_dir: str | None = None,
     channels: int | None = None,
-    memory_limit: int = 4 << 30,
+    memory_limit: int = sources.MEMORY_LIMIT,
     mask_dir: str | None = None,
     saliency: str | None = None,
 ) -> Dataset:
@@ -102,6 +102,49 @@ def load(
     dataset = dataclasses.replace(dataset, name=name)
     if mask_dir or saliency:
         dataset = _with_masks(dataset, mask_dir, saliency)
+    logging.info("%s", describe(dataset))
+    return dataset
+
+
+def outline(
+    name: str,
+    split: str = "train",
+    *,
+    data_dir: str | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """Returns what is known here of a split, without downloading anything.
+
+    For what needs the shapes of its batches alone: files of this machine are
+    opened as `load` does it; of TFDS datasets, features and, where they have
+    been prepared, sizes are known; all else is taken from ImageNet.
+
+    Args:
+        name: as `load`'s.
+        split: as `load`'s.
+        data_dir: as `load`'s; it need not be there.
+        channels: as `load`'s.
+
+    Raises:
+        ValueError: if there is no TFDS dataset of this name, or what is here
+            cannot be opened.
+    """
+    path = os.path.expanduser(name)
+    is_path = os.sep in path or path.endswith(".npz")
+    is_tfds = sources.is_tfds_folder(path)
+    is_here = is_path and os.path.exists(path) and not is_tfds
+    if is_here or name == sources.PHOTO_PATCHES:
+        return load(name, split, channels=channels)
+    # Of a relative path, only a look at TFDS's names says what it is.
+    is_elsewhere = path.startswith((os.sep, ".")) or "://" in path
+    if is_elsewhere and not is_tfds or path.endswith(".npz"):
+        dataset = sources.outline_unknown(name, split, channels)
+    else:
+        if data_dir and not os.path.isdir(data_dir):
+            data_dir = os.devnull  # not where TFDS looks if there is none
+        builder = sources.tfds_builder(path, data_dir, prepare=False)
+        dataset = sources.outline_tfds(builder, split, channels)
+    dataset = dataclasses.replace(dataset, name=name)
     logging.info("%s", describe(dataset))
     return dataset
 
@@ -373,7 +416,14 @@ def train_stream(
     plan = _Plan(dataset.num_examples, *layout, *steps, dataset.ids)
     if labelled_ids is not None or labelled_per_batch:
         plan = _with_labelled(dataset, plan, labelled_ids, labelled_per_batch)
-    return _stream(dataset, plan, crop, is_masked)
+    stream = _stream(dataset, plan, crop, is_masked)
+    if num_steps < _FOREVER:
+        return stream
+    # Otherwise, several hosts ask each other at every step whether it ends,
+    # and do not know the size of a batch.
+    return stream.apply(
+        tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    )
 
 
 def _background_remover(

@@ -1,10 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the program runs: TPU, GPUs or CPU, as a `tf.distribute` strategy."""
 
+import json
+import os
+import pathlib
 from urllib.error import URLError
 
 import tensorflow as tf
 from absl import logging
+
+import cloud_tpu
+
+STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
+LOCAL_TPU = "local"
+# What a lost TPU or machine raises in the middle of a run.
+LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.DeadlineExceededError,
+)
 
 # What connecting to a TPU that is not there raises, by TensorFlow version.
 _NO_TPU = (
@@ -15,36 +29,99 @@ _NO_TPU = (
     IndexError,
     URLError,
 )
+# TPUs of version 2 to 7 on this machine's bus; other cards are Google's, too.
+_PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"
+_TPU_CHIPS = (
+    "0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076",
+)  # fmt: skip
+
+
+def choose_strategy(
+    wanted: str,
+    *,
+    use_tpu: bool | None = None,
+    tpu_named: bool = False,
+    num_gpus: int,
+    cpu_replicas: int = 1,
+) -> str:
+    """Returns the strategy, of `STRATEGIES`, for what is there.
+
+    Args:
+        wanted: one of them, or "auto": the first of a TPU, the machines that
+            TF_CONFIG names, several GPUs, one device.
+        use_tpu: wins over `wanted`; None: unset.
+        tpu_named: whether there is a TPU's name or address.
+        num_gpus: of this machine.
+        cpu_replicas: logical devices to split the CPU into.
+
+    Raises:
+        ValueError: if what is wanted is not there.
+    """
+    workers = num_workers()
+    if use_tpu is False and wanted == "tpu":
+        wanted = "auto"
+    if use_tpu or (use_tpu is None and tpu_named and wanted == "auto"):
+        return "tpu"
+    if wanted == "multi_worker" and not workers:
+        raise ValueError(
+            "--strategy=multi_worker needs the environment variable TF_CONFIG, "
+            "which names the machines and says which one this is; see README."
+        )
+    if wanted == "mirrored" and max(num_gpus, cpu_replicas) < 2:
+        raise ValueError(
+            f"--strategy=mirrored is for several GPUs; there are {num_gpus}. "
+            "To try it on a CPU: --cpu_replicas=2."
+        )
+    if wanted != "auto":
+        return wanted
+    if use_tpu is None and (os.environ.get("TPU_NAME") or has_tpu_chip()):
+        return "tpu"
+    if workers > 1:
+        return "multi_worker"
+    many = num_gpus > 1 or (not num_gpus and cpu_replicas > 1)
+    return "mirrored" if many else "one_device"
 
 
 def make_strategy(
+    name: str,
     *,
-    use_tpu: bool,
     tpu_name: str | None = None,
     tpu_zone: str | None = None,
     gcp_project: str | None = None,
+    tpu_wait_minutes: float = 0.0,
     cpu_replicas: int = 1,
+    first_alone: bool = False,
 ) -> tf.distribute.Strategy:
-    """Returns the strategy for the devices that are there.
+    """Returns a strategy for the devices that are there.
 
     To be called once a process and before anything else touches a device.
 
     Args:
-        use_tpu: whether to connect to a TPU; else all GPUs of this machine
-            are used, or the CPU where it has none.
-        tpu_name: Cloud TPU's name, "local" (also if None) on a TPU VM, or a
-            grpc address.
+        name: of `STRATEGIES`.
+        tpu_name: Cloud TPU's name; "local" on a TPU VM; a grpc address; None:
+            of the environment variable TPU_NAME, else "local".
         tpu_zone: zone of the TPU; None: from the machine's metadata.
         gcp_project: project of the TPU; None: from the machine's metadata.
-        cpu_replicas: logical devices that the CPU is split into.
+        tpu_wait_minutes: to wait for a named TPU to become ready.
+        cpu_replicas: logical devices that the CPU is split into, without GPUs.
+        first_alone: whether only the first of the devices is to be used.
 
     Raises:
         ValueError: if there is no such TPU.
     """
-    if use_tpu:
-        strategy = _tpu_strategy(tpu_name or "local", tpu_zone, gcp_project)
+    if name == "tpu":
+        tpu_name = tpu_name or os.environ.get("TPU_NAME") or LOCAL_TPU
+        if tpu_name != LOCAL_TPU and "://" not in tpu_name:
+            cloud_tpu.wait_until_ready(
+                cloud_tpu.find(tpu_name, tpu_zone, gcp_project),
+                tensorflow_version=tf.__version__,
+                minutes=tpu_wait_minutes,
+            )
+        strategy = _tpu_strategy(tpu_name, tpu_zone, gcp_project, first_alone)
     else:
-        strategy = _local_strategy(cpu_replicas)
+        name = "one_device" if first_alone else name
+        strategy = _host_strategy(name, cpu_replicas)
     logging.info(
         "%s of %d: %s",
         type(strategy).__name__,
@@ -54,45 +131,135 @@ def make_strategy(
     return strategy
 
 
+def num_replicas(name: str, cpu_replicas: int = 1) -> int | None:
+    """Returns how many replicas a strategy will have; None: who knows."""
+    if name == "tpu":
+        return None
+    if name == "one_device":
+        return 1
+    here = len(tf.config.list_physical_devices("GPU"))
+    if name == "multi_worker":
+        return num_workers() * max(here, 1)
+    return here or cpu_replicas
+
+
+def host_only() -> tf.distribute.Strategy:
+    """Returns a strategy of the host's CPU; accelerators stay untouched."""
+    tf.config.set_visible_devices([], "GPU")
+    return tf.distribute.OneDeviceStrategy("/cpu:0")
+
+
 def has_gpu() -> bool:
     """Returns whether this machine has a GPU that TensorFlow sees."""
     return bool(tf.config.list_physical_devices("GPU"))
 
 
+def has_tpu_chip(pci_devices: pathlib.Path = _PCI_DEVICES) -> bool:
+    """Returns whether a TPU is plugged into this machine, driver or not."""
+    for vendor in pci_devices.glob("*/vendor"):
+        if vendor.read_text().strip() == _GOOGLE:
+            device = vendor.with_name("device").read_text().strip()
+            if device in _TPU_CHIPS:
+                return True
+    return False
+
+
+def num_workers() -> int:
+    """Returns how many machines TF_CONFIG names that train; 0 without it.
+
+    Raises:
+        ValueError: if it is no such description.
+    """
+    config = os.environ.get("TF_CONFIG")
+    if not config:
+        return 0
+    try:
+        cluster = json.loads(config).get("cluster", {})
+        return sum(len(cluster.get(job, ())) for job in ("chief", "worker"))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            "The environment variable TF_CONFIG must be JSON such as "
+            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": '
+            f'"worker", "index": 0}}}}. Received: {config}'
+        ) from error
+
+
+def runs_on_several_hosts(strategy: tf.distribute.Strategy) -> bool:
+    """Returns whether each of several machines runs this very program."""
+    return (
+        isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        and num_workers() > 1
+    )
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Returns whether this is the one process that writes files."""
+    if not runs_on_several_hosts(strategy):
+        return True
+    resolver = strategy.cluster_resolver
+    first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
+    return (resolver.task_type, resolver.task_id) == (first, 0)
+
+
 def _tpu_strategy(
-    name: str, zone: str | None, project: str | None
+    name: str, zone: str | None, project: str | None, first_alone: bool
 ) -> tf.distribute.Strategy:
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
             name, zone=zone, project=project
         )
         tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        return tf.distribute.TPUStrategy(resolver)
+        topology = tf.tpu.experimental.initialize_tpu_system(resolver)
+        assignment = None
+        if first_alone:
+            assignment = tf.tpu.experimental.DeviceAssignment.build(
+                topology, num_replicas=1
+            )
+        return tf.distribute.TPUStrategy(resolver, assignment)
     except _NO_TPU as error:
-        raise ValueError(
-            f"No TPU found as {name!r}. On a TPU VM, TensorFlow must be the "
-            f"package tensorflow-tpu=={tf.__version__}, not tensorflow; from "
-            "elsewhere give --tpu_name, --tpu_zone and --gcp_project. Without "
-            f"a TPU: --use_tpu=false. ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(_why_no_tpu(name, error)) from error
 
 
-def _local_strategy(cpu_replicas: int) -> tf.distribute.Strategy:
+def _why_no_tpu(name: str, error: Exception) -> str:
+    """Returns, for what connecting raised, what to do."""
+    if name != LOCAL_TPU:
+        return (
+            f"No TPU answers as {name!r}: {str(error).splitlines()[0]} Is it "
+            "of this network, and of the same TensorFlow version?"
+        )
+    if has_tpu_chip() and "No OpKernel" in str(error):
+        return (
+            "This machine has a TPU, but this TensorFlow was built without. "
+            "Run: pip uninstall --yes tensorflow; "
+            "pip install -r requirements-tpu.txt"
+        )
+    if has_tpu_chip():
+        return (
+            f"The TPU of this machine does not start, perhaps because another "
+            f"process has it: {str(error).splitlines()[0]}"
+        )
+    return (
+        "No TPU found on this machine. Give the --tpu_name, --tpu_zone and "
+        "--gcp_project of one elsewhere, or run without: --use_tpu=false."
+    )
+
+
+def _host_strategy(name: str, cpu_replicas: int) -> tf.distribute.Strategy:
+    """Returns a strategy of this machine's GPUs, or its CPU without any."""
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         # Otherwise the first program on a machine takes all of its memory.
         tf.config.experimental.set_memory_growth(gpu, True)
-    if len(gpus) > 1:
-        return tf.distribute.MirroredStrategy()
+    if name == "multi_worker":
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if name == "one_device":
+        return tf.distribute.OneDeviceStrategy("/gpu:0" if gpus else "/cpu:0")
     if gpus:
-        return tf.distribute.OneDeviceStrategy("/gpu:0")
-    if cpu_replicas > 1:
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0],
-            [tf.config.LogicalDeviceConfiguration()] * cpu_replicas,
-        )
-        return tf.distribute.MirroredStrategy(
-            [f"/cpu:{i}" for i in range(cpu_replicas)]
-        )
-    return tf.distribute.OneDeviceStrategy("/cpu:0")
+        return tf.distribute.MirroredStrategy()
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * cpu_replicas,
+    )
+    return tf.distribute.MirroredStrategy(
+        [f"/cpu:{i}" for i in range(cpu_replicas)]
+    )

@@ -41,6 +41,8 @@ _IMAGENET_CROP_PROPORTION = 0.875
 _IMAGENET_SIZE = 224  # pixels
 _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
+# Modes that build what training needs.
+TRAINING_MODES = ("train", "train_then_eval", "selftest", "check_tpu")
 _DATA_FLAGS = ("dataset", "data_dir", "train_split", "seed")
 # Flags that replace the value of an augmentation's preset.
 AUGMENTATION_OVERRIDES = tuple(
@@ -58,10 +60,18 @@ class Run:
         settings: the flags in force; what depends on the data, such as
             image_size, channels and stem, is resolved.
         strategy: where steps run.
+        is_chief: whether this process writes files; of several machines, one.
         train_data: the training split.
     """
 
-    def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sources: dict[str, str],
+        *,
+        first_alone: bool = False,
+    ) -> None:
+        """`first_alone`: whether only the first of the devices is used."""
         self.settings = settings
         self._sources = sources
         settings.model_dir = settings.model_dir or os.path.join(
@@ -69,20 +79,62 @@ class Run:
             f"{settings.train_mode}-{settings.objective}-"
             + os.path.basename(settings.dataset.rstrip("/")),
         )
+        self._choose_strategy()
         self._set_numerics()
-        self.strategy = devices.make_strategy(
-            use_tpu=settings.use_tpu,
-            tpu_name=settings.master or settings.tpu_name,
-            tpu_zone=settings.tpu_zone,
-            gcp_project=settings.gcp_project,
-            cpu_replicas=settings.cpu_replicas,
-        )
+        self.strategy = self._make_strategy(first_alone)
+        self.is_chief = devices.is_chief(self.strategy)
         if settings.jit_compile is None:
             alone = self.strategy.num_replicas_in_sync == 1
             settings.jit_compile = alone and devices.has_gpu()
         self.train_data = self._load_train_data()
         self._settle()
         self._log_settings()
+
+    @property
+    def _is_imagined(self) -> bool:
+        """Whether nothing is trained: neither devices nor data are used."""
+        return self.settings.dry_run or self.settings.mode == "check_tpu"
+
+    def _choose_strategy(self) -> None:
+        """Resolves what the flags say of devices."""
+        settings = self.settings
+        if self._is_imagined and settings.tpu_topology:
+            settings.strategy, settings.use_tpu = "tpu", True
+            return
+        gpus = tf.config.list_physical_devices("GPU")
+        settings.strategy = devices.choose_strategy(
+            settings.strategy,
+            use_tpu=settings.use_tpu,
+            tpu_named=bool(settings.master or settings.tpu_name),
+            num_gpus=len(gpus),
+            cpu_replicas=settings.cpu_replicas,
+        )
+        settings.use_tpu = settings.strategy == "tpu"
+        if settings.use_tpu and settings.cpu_replicas > 1:
+            raise ValueError("--cpu_replicas is for runs without a TPU.")
+        several = settings.strategy == "multi_worker"
+        trains = settings.mode in ("train", "train_then_eval", "selftest")
+        sweeps = settings.sweep_learning_rate or settings.sweep_train_epochs
+        if several and (sweeps or not (trains or settings.dry_run)):
+            raise ValueError(
+                "Several machines train; "
+                f"{'a sweep' if sweeps else f'--mode={settings.mode}'} is of "
+                "one: --strategy=mirrored or one_device."
+            )
+
+    def _make_strategy(self, first_alone: bool) -> tf.distribute.Strategy:
+        settings = self.settings
+        if self._is_imagined:
+            return devices.host_only()
+        return devices.make_strategy(
+            settings.strategy,
+            tpu_name=settings.master or settings.tpu_name,
+            tpu_zone=settings.tpu_zone,
+            gcp_project=settings.gcp_project,
+            tpu_wait_minutes=settings.tpu_wait_minutes,
+            cpu_replicas=settings.cpu_replicas,
+            first_alone=first_alone,
+        )
 
     def _set_numerics(self) -> None:
         """Sets TensorFlow up; before anything else is done with it."""
@@ -167,6 +219,9 @@ class Run:
             )
         if settings.train_mode == "finetune":
             return None
+        if self._is_imagined:  # it matters not which
+            some = given or settings.labelled_batch_share
+            return np.arange(1) if some else None
         if given and self._continues((*flags, *_DATA_FLAGS)):
             # Reading all labels of a large dataset again would take minutes.
             return labelled.read(settings.model_dir)
@@ -203,11 +258,19 @@ class Run:
         settings = self.settings
         finetune = settings.train_mode == "finetune"
         masked = not finetune and settings.mask_probability
-        dataset = self._load(
-            settings.train_split,
-            mask_dir=settings.mask_dir if masked else None,
-            saliency=settings.saliency if masked else None,
-        )
+        if self._is_imagined:
+            dataset = data.outline(
+                settings.dataset,
+                settings.train_split,
+                data_dir=settings.data_dir,
+                channels=settings.channels,
+            )
+        else:
+            dataset = self._load(
+                settings.train_split,
+                mask_dir=settings.mask_dir if masked else None,
+                saliency=settings.saliency if masked else None,
+            )
         if settings.objective == "semppl" and not dataset.num_classes:
             raise ValueError(
                 f"SemPPL needs some labels; {settings.dataset} "
@@ -226,7 +289,7 @@ class Run:
         settings, size = self.settings, self.train_data.image_size
         if settings.image_size is None:
             settings.image_size = min(size) if size else _IMAGENET_SIZE
-        trains = settings.mode in ("train", "train_then_eval")
+        trains = settings.mode in TRAINING_MODES
         if trains and size and settings.image_size > min(size):
             raise ValueError(
                 f"--image_size={settings.image_size} exceeds the images of "
@@ -248,7 +311,12 @@ class Run:
             # ReLICv2's 96 of 224; of a small image that would be little.
             share = 1 / 2 if is_small else 96 / 224
             settings.small_image_size = int(settings.image_size * share)
-        if settings.queue_size is None:
+        self._settle_queue()
+
+    def _settle_queue(self) -> None:
+        """Makes the queue as long as it is to be for the batch."""
+        settings = self.settings
+        if self._sources["queue_size"] == "default":
             settings.queue_size = _QUEUE_BATCHES * settings.train_batch_size
         is_short = settings.queue_size < settings.train_batch_size
         if settings.objective == "semppl" and is_short:
@@ -261,6 +329,20 @@ class Run:
         """Gives flags values that were found, and says where."""
         vars(self.settings).update(flags)
         self._sources |= dict.fromkeys(flags, source)
+
+    def with_batch(self, train_batch_size: int) -> "Run":
+        """Returns the run with another batch, and networks of its own.
+
+        Raises:
+            ValueError: if SemPPL's queue does not hold such a batch.
+        """
+        other = copy.copy(self)
+        other.settings = Settings(**vars(self.settings))
+        other.settings.train_batch_size = train_batch_size
+        other._settle_queue()
+        for name in ("architecture", "networks"):
+            vars(other).pop(name, None)
+        return other
 
     def held_out(self, model_dir: str, **flags: Any) -> "Run":
         """Returns a run that is evaluated on images held out of training.
@@ -335,7 +417,8 @@ class Run:
             "split": dataset.split,
             "train_mode": settings.train_mode,
         }
-        reporting.write_result(settings.model_dir, result, step)
+        if self.is_chief:
+            reporting.write_result(settings.model_dir, result, step)
         logging.info(
             "Step %d, %s %s: top-1 %.2f %%, top-5 %.2f %% of %d images.",
             step,
@@ -373,6 +456,8 @@ class Run:
         now = json.loads(json.dumps(now))  # tuples become lists, as when read
         if before and tf.train.latest_checkpoint(settings.model_dir):
             _compare_runs(settings.model_dir, before, now)
+        if not self.is_chief:
+            return
         # First the ids: where there is a `run.json`, they are there.
         if self.labelled_ids is not None:
             labelled.write(settings.model_dir, self.labelled_ids)
@@ -412,7 +497,7 @@ def make_architecture(
 ) -> model.Architecture:
     """Returns the networks that the flags describe."""
     finetune = settings.train_mode == "finetune"
-    pretrains = not finetune and settings.mode in ("train", "train_then_eval")
+    pretrains = not finetune and settings.mode in TRAINING_MODES
     needs_classifier = finetune or settings.lineareval_while_pretraining
     if finetune and not num_classes:
         raise ValueError(

@@ -93,7 +93,9 @@ def compute_outputs(
 
     @tf.function
     def step(batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return strategy.gather(strategy.run(replica_step, (batch,)), axis=0)
+        columns = strategy.run(replica_step, (batch,))
+        # One by one: a dictionary is too much for several machines.
+        return {k: strategy.gather(v, axis=0) for k, v in columns.items()}
 
     stream = strategy.distribute_datasets_from_function(
         lambda context: data.eval_stream(

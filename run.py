@@ -33,9 +33,11 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
+import check_tpu
 import checkpoint as checkpoint_lib
 import data
 import data_util
+import devices
 import embed
 import experiment
 import export
@@ -43,12 +45,15 @@ import features
 import methods
 import model
 import objective
+import plan
 import probe
 import reporting
 import resnet
 import run_report
 import saliency
+import selftest
 import sources as sources_lib
+import tpu_slices
 import trainer
 from experiment import Run, Settings
 
@@ -57,6 +62,9 @@ FLAGS = flags.FLAGS
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
+_EXIT_DIFFERS = 1
+_EXIT_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may work again
+_EXIT_NOT_FITTING = 4
 
 # `siglip` is `relic --use_siglip`.
 _OBJECTIVES = tuple(
@@ -66,6 +74,11 @@ _SECONDS_BETWEEN_POLLS = 5
 _IMAGES_IN_GRID = 16
 _FROM_SCRATCH = "none"  # as --checkpoint
 _NOWHERE = "none"  # as --feature_cache
+
+_WHERE_TO_LOOK = (
+    "They differ: do not train on these devices. With --global_bn=false or "
+    "--rpc_marginal_norm=local_replica that is so by definition."
+)
 
 _FLAGS_OF_LIBRARIES = frozenset(FLAGS)
 
@@ -93,12 +106,17 @@ flags.DEFINE_enum(
         "embed",
         "predict",
         "export",
+        "selftest",
+        "check_tpu",
     ],
     "train; eval: follow --model_dir, as a second process, and evaluate each "
     "new checkpoint until training is done; train_then_eval; probe: compare "
     "--checkpoint's features with raw pixels and a random encoder; embed: "
     "write its features of --input; predict: the classes it sees there; "
-    "export: write its networks in formats that other programs read.",
+    "export: write its networks in formats that other programs read; "
+    "selftest: compare a few steps on all devices with the same on one; "
+    "check_tpu: have the training step compiled for --tpu_topology, no TPU "
+    "needed.",
 )
 flags.DEFINE_enum(
     "train_mode",
@@ -136,6 +154,12 @@ flags.DEFINE_string(
 flags.DEFINE_list("format", list(export.FORMATS), "What to export to.")
 flags.DEFINE_string(
     "export_dir", None, "Where exports go. Unset: export beside the checkpoint."
+)
+flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Print what training would be, steps, rates, sizes; no device, nor the "
+    "data, need be there.",
 )
 flags.DEFINE_integer(
     "seed",
@@ -762,11 +786,42 @@ flags.DEFINE_enum(
 )
 
 # Devices.
-flags.DEFINE_bool("use_tpu", False, "Whether to run on a TPU.")
-flags.DEFINE_string("tpu_name", None, "Cloud TPU's name, local or grpc://...")
+flags.DEFINE_enum(
+    "strategy",
+    "auto",
+    ["auto", *devices.STRATEGIES],
+    "Devices: a TPU; several GPUs of this machine; several machines, which "
+    "TF_CONFIG names; one device. auto: the first of these that is there.",
+)
+flags.DEFINE_bool(
+    "use_tpu", None, "Whether to run on a TPU. Unset: as --strategy says."
+)
+flags.DEFINE_string(
+    "tpu_name",
+    None,
+    "Cloud TPU's name, local or grpc://... Unset: the environment variable "
+    "TPU_NAME, or local.",
+)
 flags.DEFINE_string("tpu_zone", None, "Its zone. Unset: from the metadata.")
 flags.DEFINE_string("gcp_project", None, "Its project. Unset: as above.")
 flags.DEFINE_string("master", None, "Address of the TPU, instead of its name.")
+flags.DEFINE_float(
+    "tpu_wait_minutes",
+    20.0,
+    "How long to wait for a named TPU to be ready.",
+    lower_bound=0,
+)
+flags.DEFINE_string(
+    "tpu_topology",
+    None,
+    "check_tpu, dry_run: slice by the name it is rented as, or chip and "
+    "topology: v5litepod-32, v5e:4x8.",
+)
+flags.DEFINE_bool(
+    "find_batch",
+    False,
+    "check_tpu: whether to look for the largest batch that fits.",
+)
 flags.DEFINE_integer(
     "cpu_replicas",
     1,
@@ -852,6 +907,7 @@ _OF_MODES = {
     ),
     ("embed", "predict"): ("input", "input_split", "output"),
     ("predict",): ("top_k",),
+    ("check_tpu",): ("tpu_topology", "find_batch"),
     ("export",): ("format", "export_dir"),
 }
 _MEANT_BY_EXPORT = {
@@ -915,32 +971,51 @@ def main(argv: Sequence[str]) -> None:
         tf.__version__,
         keras.__version__,
     )
-    modes = {
-        "train": _train,
-        "train_then_eval": _train,
-        "sweep": _sweep,
-        "eval": _follow,
-        "probe": _probe,
-        "embed": _embed,
-        "predict": _embed,
-    }
     try:
-        settings, origins = resolve_flags()
-        if settings.mode == "export":
-            work = _export(settings)
-        else:
-            sweeps = settings.sweep_learning_rate or settings.sweep_train_epochs
-            trains = settings.mode in ("train", "train_then_eval")
-            mode = "sweep" if sweeps and trains else settings.mode
-            work = modes[mode](Run(settings, origins))
+        work = _prepare(*resolve_flags())
     except (ValueError, OSError, tf.errors.OpError) as error:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
         work()
+    except (trainer.HostsDisagree, selftest.ProcessFailed) as error:
+        _exit(_EXIT_USAGE, f"Error: {error}")
     except trainer.TrainingDiverged as error:
         _exit(_EXIT_DIVERGED, f"Training stopped: {error}")
     except trainer.Interrupted as error:
-        _exit(128 + _Signals.received, f"Interrupted. {error}")
+        # Another machine may have been told, not this one.
+        number = _Signals.received or signal.SIGTERM
+        _exit(128 + number, f"Interrupted. {error}")
+    except devices.LOST as error:
+        _exit(
+            _EXIT_LOST,
+            "Lost the TPU or another machine, perhaps to preemption: "
+            f"{_one_paragraph(error)}\nThe same command, on all machines, goes "
+            "on from the last checkpoint.",
+        )
+
+
+def _prepare(settings: Settings, origins: dict[str, str]) -> Callable[[], None]:
+    """Returns what the flags ask for, which they and the data have passed."""
+    if settings.mode == "export":
+        return _export(settings)
+    if settings.mode == "selftest":
+        return functools.partial(_selftest, settings, origins)
+    run = Run(settings, origins)
+    if settings.dry_run:
+        return functools.partial(print, plan.describe(run), end="")
+    trains = settings.mode in ("train", "train_then_eval")
+    if trains and (settings.sweep_learning_rate or settings.sweep_train_epochs):
+        return _sweep(run)
+    modes = {
+        "train": _train,
+        "train_then_eval": _train,
+        "eval": _follow,
+        "probe": _probe,
+        "embed": _embed,
+        "predict": _embed,
+        "check_tpu": _check_tpu,
+    }
+    return modes[settings.mode](run)
 
 
 def _set_up_log() -> None:
@@ -1102,8 +1177,6 @@ def _check(settings: Settings) -> None:
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
     _check_inputs(settings)
-    if settings.use_tpu and settings.cpu_replicas > 1:
-        raise ValueError("--cpu_replicas is for runs without a TPU.")
     if settings.use_siglip and settings.objective != "siglip":
         raise ValueError("--use_siglip is a loss of --objective=relic.")
     views = settings.num_large_views, settings.num_small_views
@@ -1125,6 +1198,12 @@ def _check(settings: Settings) -> None:
 
 def _check_inputs(settings: Settings) -> None:
     """Raises ValueError where a mode lacks what it is to read or write."""
+    if settings.dry_run and settings.mode not in ("train", "train_then_eval"):
+        raise ValueError(
+            f"--dry_run is of training, not --mode={settings.mode}."
+        )
+    if settings.mode == "selftest" and settings.train_mode != "pretrain":
+        raise ValueError("--mode=selftest is of --train_mode=pretrain.")
     reads = settings.mode in ("probe", "embed", "predict", "export")
     given = settings.checkpoint
     if reads and given in (None, "", _FROM_SCRATCH):
@@ -1139,6 +1218,10 @@ def _check_inputs(settings: Settings) -> None:
         )
     if settings.mode in ("embed", "predict") and not settings.input:
         raise ValueError(f"--mode={settings.mode} needs --input, the images.")
+    if settings.mode == "check_tpu" and not settings.tpu_topology:
+        raise ValueError(
+            "--mode=check_tpu needs --tpu_topology, such as v5litepod-32."
+        )
     if settings.mode == "embed" and not settings.output:
         raise ValueError("--mode=embed needs --output, the file to write.")
 
@@ -1160,6 +1243,8 @@ def _without_effect(settings: Settings, sources: dict[str, str]) -> list[str]:
         if settings.mode not in modes:
             of = f"it is of --mode={' and '.join(modes)}"
             reasons |= dict.fromkeys(names, of)
+    if settings.dry_run:
+        del reasons["tpu_topology"]
     if settings.train_mode == "finetune":
         for name in (
             *of_methods,
@@ -1280,6 +1365,7 @@ def _train(run: Run) -> Callable[[], None]:
         checkpoints = checkpoint_lib.TrainingCheckpoints(
             settings.model_dir,
             max_to_keep=config.keep_checkpoint_max,
+            saves=run.is_chief,
             optimizer=optimizers.networks,
             classifier_optimizer=optimizers.classifier,
             critic_optimizer=optimizers.critic,
@@ -1310,7 +1396,7 @@ def _train(run: Run) -> Callable[[], None]:
         train_steps=config.train_steps,
         batch_size=config.batch_size,
         num_examples=config.num_examples,
-        summary_steps=config.summary_steps,
+        summary_steps=config.summary_steps if run.is_chief else 0,
         learning_rate=trainer.learning_rate_schedule(config),
         preview=lambda step: _sample_views(make_stream, config, step),
     )
@@ -1336,6 +1422,21 @@ def _train(run: Run) -> Callable[[], None]:
             run_report.of_classifier(run, *run.evaluate(config.train_steps))
 
     return work
+
+
+def _selftest(settings: Settings, origins: dict[str, str]) -> None:
+    """Compares all devices with one; exits with 1 where they differ."""
+    if origins["dataset"] == "default":
+        settings.dataset = sources_lib.PHOTO_PATCHES
+    found = selftest.compare(settings, origins)
+    agree = all(row.holds for row in found.agreements)
+    sys.stdout.write(
+        f"{settings.objective}, {settings.encoder} {settings.resnet_depth}, "
+        f"batch {found.batch_size}: {found.devices} beside one device.\n"
+        f"{selftest.table(found.agreements)}\n"
+        f"{'They are the same computation.' if agree else _WHERE_TO_LOOK}\n"
+    )
+    sys.exit(0 if agree else _EXIT_DIFFERS)
 
 
 def _sweep(run: Run) -> Callable[[], None]:
@@ -1560,6 +1661,23 @@ def _export(settings: Settings) -> Callable[[], None]:
         refused = [name for name in results if "refused" in results[name]]
         if refused:
             _exit(_EXIT_USAGE, f"Error: not written: {', '.join(refused)}.")
+
+    return work
+
+
+def _check_tpu(run: Run) -> Callable[[], None]:
+    """Prepares the compilation of the training step for a TPU."""
+    where = tpu_slices.find_slice(run.settings.tpu_topology)
+    check_tpu.require_compiler()
+    check_tpu.train_config(run, where)  # before any compute
+
+    def work() -> None:
+        findings = check_tpu.check(
+            run, where, find_batch=run.settings.find_batch
+        )
+        sys.stdout.write(check_tpu.report(findings))
+        if not findings.compiled.fits:
+            sys.exit(_EXIT_NOT_FITTING)
 
     return work
 

@@ -38,6 +38,8 @@ def of_classifier(
         run.settings.image_size,
         **run.forward_options(),
     )
+    if not run.is_chief:
+        return
     table = report.results(
         {
             "the most frequent class": {

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,10 @@ _SPLITS = ("train", "validation", "test", "unlabelled", "unlabeled")
 # Encoded images read and shuffled together where storage has no random access;
 # a stream holds up to three such groups.
 _GROUP_BYTES = 1 << 30
+# Images of one size that need no more bytes are held in memory.
+MEMORY_LIMIT = 4 << 30
+# What a dataset is taken for as far as it is not known.
+_IMAGENET_EXAMPLES, _IMAGENET_CLASSES = 1_281_167, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +315,10 @@ def is_tfds_folder(path: str) -> bool:
     return os.path.exists(os.path.join(path, "dataset_info.json"))
 
 
-def tfds_builder(name: str, data_dir: str | None) -> Any:
-    """Returns the builder of a dataset, or of a folder, prepared."""
+def tfds_builder(
+    name: str, data_dir: str | None, *, prepare: bool = True
+) -> Any:
+    """Returns the builder of a dataset, or of a folder, prepared if asked."""
     if is_tfds_folder(name):
         return tfds.builder_from_directory(name)
     try:
@@ -326,7 +332,7 @@ def tfds_builder(name: str, data_dir: str | None) -> Any:
             f"Similar names: {close}. A folder of images needs a separator in "
             f"its name: {os.path.join('.', name)!r}."
         ) from error
-    if builder.is_prepared():
+    if not prepare or builder.is_prepared():
         return builder
     try:
         builder.download_and_prepare()
@@ -347,17 +353,9 @@ def open_tfds(
     info = builder.info
     sizes = {key: value.num_examples for key, value in info.splits.items()}
     count = len(_select(split, sizes, info.name))
-    image_key = _feature_key(info, tfds.features.Image, "image")
-    label_key = _feature_key(info, tfds.features.ClassLabel, "label")
-    if not image_key:
-        raise ValueError(
-            "A dataset needs a feature `image`, or one image feature. "
-            f"Received: {info.name!r} with features {list(info.features)}."
-        )
+    image_key, label_key = _image_and_label(info)
     class_names = info.features[label_key].names if label_key else ()
-    height, width, depth = info.features[image_key].shape
-    size = (height, width) if height and width else None
-    channels = channels or depth or 3
+    size, channels = _image_shape(info, image_key, channels)
     if _fits_in_memory(size, channels, count, memory_limit):
         images, labels = _read_tfds(
             builder, split, image_key, label_key, channels
@@ -388,6 +386,84 @@ def open_tfds(
         channels=channels,
         image_size=size,
     )
+
+
+def outline_tfds(builder: Any, split: str, channels: int | None) -> Dataset:
+    """Returns a split without its examples; it need not be prepared."""
+    info = builder.info
+    sizes = {key: value.num_examples for key, value in info.splits.items()}
+    image_key, label_key = _image_and_label(info)
+    size, channels = _image_shape(info, image_key, channels)
+    return _outline(
+        info.name,
+        split,
+        num_examples=len(_select(split, sizes, info.name)) if sizes else 0,
+        class_names=info.features[label_key].names if label_key else (),
+        channels=channels,
+        image_size=size,
+    )
+
+
+def outline_unknown(name: str, split: str, channels: int | None) -> Dataset:
+    """Returns ImageNet, without its examples, in place of what is not here."""
+    return _outline(
+        name,
+        split,
+        num_examples=0,
+        class_names=map(str, range(_IMAGENET_CLASSES)),
+        channels=channels or 3,
+        image_size=None,
+    )
+
+
+def _outline(
+    name: str,
+    split: str,
+    *,
+    num_examples: int,
+    class_names: Iterable[str],
+    channels: int,
+    image_size: tuple[int, int] | None,
+) -> Dataset:
+    """Returns a dataset without examples; 0 of them stands for not known."""
+    source: Arrays | Files = Files((), np.zeros([0], np.int32))
+    if image_size and _fits_in_memory(
+        image_size, channels, num_examples, MEMORY_LIMIT
+    ):
+        images = np.zeros([0, *image_size, channels], np.uint8)
+        source = Arrays(images, source.labels)
+    return Dataset(
+        name=name,
+        split=split,
+        source=source,
+        num_examples=num_examples or _IMAGENET_EXAMPLES,
+        class_names=tuple(class_names),
+        channels=channels,
+        image_size=image_size,
+        notes=()
+        if num_examples
+        else ("not here: what is not known of it is taken from ImageNet",),
+    )
+
+
+def _image_and_label(info: Any) -> tuple[str, str]:
+    """Returns the keys of both features; "" where there are no labels."""
+    image_key = _feature_key(info, tfds.features.Image, "image")
+    if not image_key:
+        raise ValueError(
+            "A dataset needs a feature `image`, or one image feature. "
+            f"Received: {info.name!r} with features {list(info.features)}."
+        )
+    return image_key, _feature_key(info, tfds.features.ClassLabel, "label")
+
+
+def _image_shape(
+    info: Any, image_key: str, channels: int | None
+) -> tuple[tuple[int, int] | None, int]:
+    """Returns height and width, None where sizes vary, and channels."""
+    height, width, depth = info.features[image_key].shape
+    size = (height, width) if height and width else None
+    return size, channels or depth or 3
 
 
 def _feature_key(info: Any, kind: type, default: str) -> str:

@@ -17,6 +17,7 @@ import tensorflow as tf
 from absl import logging
 
 import data_util
+import devices
 import lars_optimizer
 import methods
 import model
@@ -137,6 +138,10 @@ class Interrupted(Exception):
     """A signal asked for an end; the state has been saved."""
 
 
+class HostsDisagree(ValueError):
+    """The machines that train together are not in the same state."""
+
+
 class Optimizers(NamedTuple):
     """One optimizer for the networks, one for the linear classifier.
 
@@ -202,6 +207,17 @@ def build_optimizers(
     made.networks.build(_network_variables(config, networks))
     made.classifier.build(_classifier_variables(networks))
     return made
+
+
+def trained_variables(
+    config: TrainConfig, networks: model.Networks
+) -> tuple[list[tf.Variable], list[tf.Variable], list[tf.Variable]]:
+    """Returns the variables of each of `Optimizers`."""
+    return (
+        _network_variables(config, networks),
+        _classifier_variables(networks),
+        _critic_variables(networks),
+    )
 
 
 def build_step(
@@ -857,9 +873,17 @@ def train(
     Raises:
         TrainingDiverged: at the first loss or weight that is not finite; the
             newest checkpoint is from before.
-        Interrupted: if `interrupted()`, after saving.
+        Interrupted: if `interrupted()`, on any of the machines, after saving.
+        HostsDisagree: if they do not find the same checkpoint.
     """
     step = checkpoints.restore_latest()
+    hosts = _Hosts(strategy)
+    steps = hosts.numbers(step)
+    if len(set(steps)) > 1:
+        raise HostsDisagree(
+            f"The machines go on from different steps, {sorted(set(steps))}: "
+            "--model_dir must be one directory that all of them see."
+        )
     reporter.start(step)
     if step >= config.train_steps:
         logging.info(
@@ -874,14 +898,16 @@ def train(
     pace = _Pace(config.steps_per_loop)
     saved = time.monotonic()
     while step < config.train_steps:
-        num_steps = min(pace.num_steps, _steps_to_save(config, step))
+        # Machines differ in speed, and one alone may be told to stop.
+        num_steps = min(hosts.numbers(pace.num_steps))
+        num_steps = min(num_steps, _steps_to_save(config, step))
         started = time.monotonic()
         history = loop(iterator, num_steps)
         pace.update(num_steps, time.monotonic() - started)
         _check_finite(loop.names, history, step)
         step += num_steps
         reporter.progress(step, loop.names, history, pace.seconds_a_step)
-        stop = interrupted()
+        stop = any(hosts.numbers(int(interrupted())))
         if stop or _is_due(config, step, time.monotonic() - saved):
             _check_finite_weights(networks, step)
             checkpoints.save(step)
@@ -890,6 +916,28 @@ def train(
         if stop and step < config.train_steps:
             raise Interrupted(f"Saved at step {step} of {config.train_steps}.")
     reporter.end()
+
+
+class _Hosts:
+    """The machines that run this program together; mostly this one alone."""
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        @tf.function
+        def gathered(number: tf.Tensor) -> tf.Tensor:
+            values = strategy.run(lambda: number[tf.newaxis])
+            return strategy.gather(values, axis=0)
+
+        self._gathered = gathered
+        self._are_several = devices.runs_on_several_hosts(strategy)
+
+    def numbers(self, own: int) -> list[int]:
+        """Returns a number as each machine has it; they wait for each other.
+
+        To be called at the same points of the program on all of them.
+        """
+        if not self._are_several:
+            return [own]
+        return self._gathered(tf.constant(own, tf.int64)).numpy().tolist()
 
 
 def _steps_to_save(config: TrainConfig, step: int) -> int:

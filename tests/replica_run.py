@@ -3,13 +3,12 @@
 
     python replica_run.py NUM_REPLICAS OUT.npz OBJECTIVE:OPTIMIZER ...
 
-Of every objective it stores the metrics of each step, and all weights and
-BatchNorm statistics before and after the first step (with momentum, the
-gradient) and after the last.
+With TF_CONFIG, as one of several workers. Of every objective it stores what
+`selftest.trace` sees.
 """
 
 import dataclasses
-import functools
+import os
 import sys
 
 import keras
@@ -21,6 +20,7 @@ import devices
 import methods
 import model
 import resnet
+import selftest
 import trainer
 
 _BATCH_SIZE = 16
@@ -154,7 +154,12 @@ def predictions(networks, dataset, strategy):
 
 
 def main(num_replicas, out_path, cases):
-    strategy = devices.make_strategy(use_tpu=False, cpu_replicas=num_replicas)
+    several = "multi_worker" if "TF_CONFIG" in os.environ else "mirrored"
+    strategy = devices.make_strategy(
+        several if num_replicas > 1 else "one_device",
+        cpu_replicas=num_replicas,
+    )
+    assert strategy.num_replicas_in_sync == num_replicas
     dataset, out = few_photo_patches(), {}
     build_encoder = model.build_encoder
     for case in cases:
@@ -167,43 +172,22 @@ def main(num_replicas, out_path, cases):
             networks = model.build_networks(
                 architecture(objective), remat=is_real
             )
-        variables = {
-            f"{name}/{v.path}": v
-            for name, part in networks.models().items()
-            for v in part.variables
-        }
-        for path, variable in variables.items():
-            out[f"{case}|{path}|0"] = variable.numpy()
-        run = config(objective, optimizer)
-        if case == "simclr:momentum":
+        if is_real:
             out["predictions"] = predictions(networks, dataset, strategy)
-        with strategy.scope():
-            optimizers = trainer.build_optimizers(run, networks)
+        run = config(objective, optimizer)
         stream = strategy.distribute_datasets_from_function(
-            lambda context, run=run: functools.partial(
-                data.train_stream,
+            lambda context, run=run: data.train_stream(
                 dataset,
                 batch_size=run.batch_size,
                 seed=run.seed,
                 views=run.views,
-            )(num_replicas=context.num_replicas_in_sync)
+                num_replicas=context.num_replicas_in_sync,
+                pipeline_index=context.input_pipeline_id,
+                num_pipelines=context.num_input_pipelines,
+            )
         )
-        step = trainer.build_step(run, networks, optimizers)
-        loop = trainer.CompiledLoop(strategy, step, run.jit_compile)
-        iterator = iter(stream)
-        for done in range(1, _STEPS + 1):
-            out[f"{case}|metrics|{done}"] = loop(iterator, 1)[0]
-            if done in (1, _STEPS):
-                for path, variable in variables.items():
-                    out[f"{case}|{path}|{done}"] = variable.numpy()
-        out[f"{case}|names"] = np.array(loop.names)
-        # Every replica must hold the same copy of every variable.
-        for variable in variables.values():
-            copies = [c.numpy() for c in strategy.experimental_local_results(
-                variable.value
-            )]  # fmt: skip
-            for copy in copies[1:]:
-                np.testing.assert_array_equal(copy, copies[0], variable.path)
+        seen = selftest.trace(run, networks, strategy, stream, _STEPS)
+        out |= {f"{case}|{key}": value for key, value in seen.items()}
     np.savez(out_path, **out)
 
 

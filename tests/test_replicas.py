@@ -6,10 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import cluster
 import numpy as np
 import pytest
 
 import methods
+import selftest
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 _CASES = [f"{name}:momentum" for name in methods.METHODS]
@@ -19,12 +21,12 @@ _SLOW_CASES_OF_FOUR = [
 ]
 
 
-def _start(num_replicas, folder, cases):
-    path = folder / f"{num_replicas}.npz"
+def _start(num_replicas, folder, cases, name=None, **environment):
+    path = folder / f"{name or num_replicas}.npz"
     process = subprocess.Popen(
         [sys.executable, _TESTS / "replica_run.py", str(num_replicas), path]
         + cases,
-        env={**os.environ, "PYTHONPATH": str(_TESTS.parent)},
+        env={**os.environ, "PYTHONPATH": str(_TESTS.parent), **environment},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -64,52 +66,83 @@ def test_replicas_predict_as_one_device(runs):
     np.testing.assert_array_equal(two[np.argsort(two[:, 0])], one)
 
 
+def _of_case(trace, case):
+    return {
+        key.removeprefix(f"{case}|"): value
+        for key, value in trace.items()
+        if key.startswith(f"{case}|")
+    }
+
+
+def _check_equal(several, one):
+    """Metrics, gradients, weights and statistics: of step 1 to rounding.
+
+    Later steps amplify it, where a unit of the few here crosses its ReLU's
+    kink.
+    """
+    assert several.keys() == one.keys()
+    assert len(one) > 20
+    for key, expected in one.items():
+        what, step, _ = key.split("|")
+        if what == "metrics":
+            share = {"1": 1e-4, "2": 1e-3, "3": 1e-2}[step]
+            error = np.abs(several[key] - expected)
+            assert error <= share * np.abs(expected) + 1e-4, key
+        if what == "variable" and step == "0":
+            np.testing.assert_array_equal(several[key], expected, key)
+    found = selftest.agreements(one, several, tolerance=0.005)
+    assert [row.what for row in found if row.holds] == [
+        "losses, step 1",
+        "gradients, step 1",
+        "BatchNorm statistics, step 1",
+        "losses, step 3",
+        "weights and statistics, step 3",
+    ], selftest.table(found)
+
+
 @pytest.mark.parametrize(
     ("num_replicas", "case"),
     [(2, case) for case in _CASES] + [(4, case) for case in _CASES_OF_FOUR],
 )
 def test_replicas_equal_one_device(runs, num_replicas, case):
-    _assert_equal(runs[num_replicas], runs[1], case)
+    _check_equal(*(_of_case(runs[n], case) for n in (num_replicas, 1)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", _SLOW_CASES_OF_FOUR)
 def test_four_replicas_equal_one_device(runs, slow_run, case):
-    _assert_equal(slow_run, runs[1], case)
+    _check_equal(_of_case(slow_run, case), _of_case(runs[1], case))
 
 
-def _assert_equal(several, one, case):
-    """Compares metrics, weights and statistics: of step 1 to rounding.
-
-    Momentum's first step is the gradient times the learning rate. Later steps
-    amplify rounding, where a unit of the few here crosses its ReLU's kink.
-    """
-    compared = 0
-    for key in several:
-        if key.endswith("|names") or not key.startswith(f"{case}|"):
-            continue
-        _, what, step = key.split("|")
-        error, expected = several[key] - one[key], one[key]
-        if what == "metrics":
-            share = {"1": 1e-4, "2": 1e-3, "3": 1e-2}[step]
-            assert (np.abs(error) <= share * np.abs(expected) + 1e-4).all(), key
-        else:
-            # Relative to how far the variable has moved since the start.
-            share = {"0": 0.0, "1": 5e-3, "3": 2e-2}[step]
-            moved = np.linalg.norm(expected - one[f"{case}|{what}|0"])
-            # A bias before BatchNorm moves by rounding alone.
-            rounding = 1e-7 * np.linalg.norm(expected) + 5e-9
-            assert np.linalg.norm(error) <= share * moved + rounding, key
-        compared += 1
-    assert compared > 20
+@pytest.mark.parametrize(
+    ("count", "cases"),
+    [
+        (2, ["relic:momentum"]),
+        pytest.param(2, _CASES, marks=pytest.mark.slow),
+        pytest.param(
+            4, _CASES_OF_FOUR + _SLOW_CASES_OF_FOUR, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_workers_equal_one_device(runs, tmp_path, count, cases):
+    """Processes of their own, which talk over gRPC."""
+    started = [
+        _start(count, tmp_path, cases, f"worker{i}", TF_CONFIG=config)
+        for i, config in enumerate(cluster.tf_configs(count))
+    ]
+    traces = [_finish(*each) for each in started]
+    for case in cases:
+        for trace in traces:
+            _check_equal(_of_case(trace, case), _of_case(runs[1], case))
 
 
 def test_weights_moved(runs):
     """Otherwise the comparison above would compare nothing."""
-    one = runs[1]
     for case in _CASES:
-        keys = [k for k in one if k.startswith(f"{case}|") and "kernel|1" in k]
-        assert keys
-        for key in keys:
-            last = one[key.removesuffix("1") + "3"]
+        one = _of_case(runs[1], case)
+        kernels = [k for k in one if k.startswith("variable|1") and
+                   k.endswith("kernel")]  # fmt: skip
+        assert kernels
+        for key in kernels:
+            last = one[key.replace("|1|", "|3|")]
             assert np.abs(last - one[key]).max() > 0, key

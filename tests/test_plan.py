@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dry run says what training would be, and touches nothing."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import run
+
+_ROOT = pathlib.Path(run.__file__).parent
+
+
+def _plan(capsys, *words):
+    """Returns the lines of a plan, by their first words."""
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["run.py", "--dry_run", *words])
+        run.main(["run.py"])
+    return _lines(capsys.readouterr().out)
+
+
+def _lines(text):
+    return dict(line.split(":", 1) for line in text.splitlines())
+
+
+def test_a_plan_of_data_and_a_slice_that_are_not_here(tmp_path, capsys):
+    plan = _plan(
+        capsys,
+        "--preset=relicv2_300",
+        "--dataset=imagenet2012",
+        f"--data_dir={tmp_path / 'none'}",
+        "--tpu_topology=v4-128",
+        "--accumulate_steps=2",
+        f"--model_dir={tmp_path / 'run'}",
+    )
+    assert (
+        "relicv2, ResNet-50 x1, imagenet2012 train, 1,281,167 images"
+        in (plan["training"])
+    )
+    assert plan["devices"].strip() == "v4-128, 64 replicas"
+    # 300 * 1,281,167 / 4096, and 10 epochs of it.
+    assert "93,836, of them 3,127 of warm-up; 300 epochs" in plan["steps"]
+    assert "4,096 images; a core: 64, in 2 parts" in plan["batch"]
+    # 0.3 * 4096 / 256
+    assert "4.8 at most, cosine, lars" in plan["learning rate"]
+    # Four views of 224 pixels and two of 96.
+    megabytes = 4096 * 3 * (4 * 224**2 + 2 * 96**2) / 1e9
+    assert f"{megabytes:.3g} GB a step" in plan["input"]
+    assert "300, every 313 steps" in plan["checkpoints"]
+    assert "none is there yet" in plan["checkpoints"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_what_is_here(tmp_path, capsys):
+    words = (
+        "--dataset=photo_patches",
+        "--resnet_depth=10",
+        "--width_multiplier=0.125",
+        "--train_batch_size=16",
+        "--train_steps=2",
+        f"--model_dir={tmp_path}",
+    )
+    subprocess.run(
+        [sys.executable, _ROOT / "run.py", *words],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    plan = _plan(capsys, *words, "--train_steps=4", "--strategy=one_device")
+    assert "10,000 images" in plan["training"]
+    assert plan["devices"].strip() == "one_device, 1 replica"
+    assert "goes on from step 2" in plan["checkpoints"]
+    # What a checkpoint will be is what one is, but for tables and names.
+    said = plan["sizes"].split("in every checkpoint, ")[1].split(";")[0]
+    number, unit = said.split()
+    expected = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+    found = os.path.getsize(tmp_path / "ckpt-2.data-00000-of-00001")
+    assert expected == pytest.approx(found, rel=0.05)
+
+
+def test_what_is_no_training_has_no_plan(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        _plan(capsys, "--mode=probe", f"--checkpoint={tmp_path}")
+    assert exit_.value.code == 2
+    assert "--dry_run is of training" in capsys.readouterr().err
+
+
+def _script(tmp_path, recipe):
+    """Returns the plans of both stages of the script."""
+    result = subprocess.run(
+        ["bash", _ROOT / "tpu_pretrain_imagenet.sh", "--dry_run"],
+        env={
+            **os.environ,
+            "RECIPE": recipe,
+            "TPU_NAME": "local",
+            "STORAGE_BUCKET": f"{tmp_path}/bucket",
+            "PYTHON": sys.executable,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    first, second = result.stdout.split("training:")[1:]
+    assert not list(tmp_path.iterdir())
+    return _lines(f"training:{first}"), _lines(f"training:{second}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what", "steps", "linear_steps"),
+    [
+        (
+            "rpc_imagenet_r50",
+            "rpc, ResNet-50 x1, selective kernels",
+            "31,279",
+            "28,151",
+        ),
+        pytest.param(
+            "rpc_imagenet_r152",
+            "rpc, ResNet-152 x2, selective kernels",
+            "31,279",
+            "28,151",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "relicv2_1000",
+            "relicv2, ResNet-50 x1",
+            "312,785",
+            "125,114",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "semppl_300",
+            "semppl, ResNet-50 x1",
+            "93,836",
+            "125,114",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_script_of_recipes(tmp_path, recipe, what, steps, linear_steps):
+    pretraining, linear = _script(tmp_path, recipe)
+    assert what in pretraining["training"]
+    assert steps in pretraining["steps"]
+    assert linear_steps in linear["steps"]
+    assert "known once" in linear["sizes"]
+
+
+@pytest.mark.parametrize("code", [75, 134, 3])
+def test_the_script_starts_again_what_was_lost(code, tmp_path):
+    """With a program that is lost twice in place of Python."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+echo "$@" >> {tmp_path}/calls
+[ "$(wc -l < {tmp_path}/calls)" -gt 2 ] || exit {code}
+"""
+    )
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["bash", _ROOT / "tpu_pretrain_imagenet.sh", "--seed=3"],
+        env={
+            **os.environ,
+            "STORAGE_BUCKET": "my-bucket",
+            "PYTHON": str(python),
+            "RESTART_SECONDS": "0",
+            "BEFORE_RESTART": f"echo again >> {tmp_path}/restarts",
+        },
+        capture_output=True,
+        text=True,
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    if code == 3:  # diverged: the same would happen again
+        assert result.returncode == 3
+        assert len(calls) == 1
+        return
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "restarts").read_text() == "again\n" * 2
+    assert len(set(calls[:3])) == 1
+    assert "--train_mode=pretrain" in calls[0]
+    assert "--model_dir=gs://my-bucket/rpc_imagenet_r50" in calls[0]
+    assert "--checkpoint=gs://my-bucket/rpc_imagenet_r50" in calls[3]
+    assert all("--seed=3" in call for call in calls)

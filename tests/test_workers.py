@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several machines train one network: here, processes that talk over gRPC."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import cluster
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import checkpoint
+
+_ROOT = pathlib.Path(checkpoint.__file__).parent
+_FLAGS = [
+    "--objective=simclr",
+    "--dataset=photo_patches",
+    "--resnet_depth=10",
+    "--width_multiplier=0.125",
+    "--train_batch_size=16",
+    "--learning_rate=0.1",
+    "--steps_per_loop=1",
+]
+_LOST = 75
+
+
+def _start(config, model_dir, *more):
+    environment = dict(os.environ)
+    environment.pop("TF_CONFIG", None)
+    if config:
+        environment["TF_CONFIG"] = config
+    return subprocess.Popen(
+        [sys.executable, "run.py", *_FLAGS, f"--model_dir={model_dir}", *more],
+        cwd=_ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finish(processes):
+    """Returns exit codes and logs."""
+    logs = [process.communicate(timeout=600)[1] for process in processes]
+    return [process.returncode for process in processes], logs
+
+
+def _train(count, model_dir, *more):
+    configs = cluster.tf_configs(count) if count > 1 else [None]
+    codes, logs = _finish([_start(c, model_dir, *more) for c in configs])
+    assert codes == [0] * count, logs[-1][-3000:]
+    return logs
+
+
+def _tensors(model_dir):
+    prefix = checkpoint.latest_checkpoint(str(model_dir))
+    reader = tf.train.load_checkpoint(prefix)
+    return {
+        name: reader.get_tensor(name)
+        for name, dtype in reader.get_variable_to_dtype_map().items()
+        if dtype != tf.string
+    }
+
+
+def _wait_for(path, processes):
+    while not path.exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_workers_train_what_one_machine_trains(count, tmp_path):
+    flags = ["--train_steps=4", "--mode=train_then_eval"]
+    _train(1, tmp_path / "one", *flags)
+    _train(count, tmp_path / "several", *flags)
+    one, several = (_tensors(tmp_path / n) for n in ("one", "several"))
+    assert one.keys() == several.keys()
+    for name, value in one.items():
+        size = np.linalg.norm(value)
+        error = np.linalg.norm(several[name] - value)
+        assert error <= 2e-3 * size + 1e-4, name
+    files = [
+        {path.name for path in (tmp_path / n).iterdir() if "." in path.name}
+        for n in ("one", "several")
+    ]
+    events, report = ({f.split(".")[0] for f in names} for names in files)
+    assert events == report
+    results = [
+        json.loads((tmp_path / n / "result.json").read_text())
+        for n in ("one", "several")
+    ]
+    assert results[0]["num_examples"] == results[1]["num_examples"] == 2000
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_one_of_them_writes(tmp_path):
+    """Directories of their own show who writes; they do not work twice."""
+    folders = [tmp_path / str(i) for i in range(2)]
+
+    def train(steps):
+        return _finish(
+            [
+                _start(config, folder, f"--train_steps={steps}")
+                for config, folder in zip(
+                    cluster.tf_configs(2), folders, strict=True
+                )
+            ]
+        )
+
+    codes, logs = train(2)
+    assert codes == [0, 0], logs
+    assert (folders[0] / "run.json").exists()
+    assert not folders[1].exists() or not list(folders[1].iterdir())
+    # The second goes on from nothing, the first from step 2.
+    codes, logs = train(4)
+    assert codes == [2, 2]
+    for log in logs:
+        assert "different steps, [0, 2]: --model_dir must be" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
+    flags = ["--train_steps=400", "--checkpoint_steps=20"]
+    _train(2, tmp_path / "whole", *flags)
+    killed = tmp_path / "killed"
+    processes = [_start(c, killed, *flags) for c in cluster.tf_configs(2)]
+    _wait_for(killed / "ckpt-40.index", processes)
+    processes[victim].kill()
+    codes, logs = _finish(processes)
+    assert codes[victim] == -signal.SIGKILL
+    survivor = 1 - victim
+    assert codes[survivor] == _LOST, logs[survivor][-3000:]
+    assert "goes on from the last checkpoint" in logs[survivor]
+    _train(2, killed, *flags)
+    whole, resumed = _tensors(tmp_path / "whole"), _tensors(killed)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(resumed[name], value, name)
+
+
+@pytest.mark.slow
+def test_one_told_to_stop_stops_all(tmp_path):
+    flags = ["--train_steps=100000", "--checkpoint_steps=20"]
+    processes = [_start(c, tmp_path, *flags) for c in cluster.tf_configs(2)]
+    _wait_for(tmp_path / "ckpt-20.index", processes)
+    processes[1].terminate()
+    codes, logs = _finish(processes)
+    assert codes == [128 + signal.SIGTERM] * 2
+    for log in logs:
+        assert "Interrupted. Saved at step" in log
+
+
+def test_what_one_machine_does_is_not_for_several(tmp_path):
+    process = _start(
+        cluster.tf_configs(2)[0],
+        tmp_path,
+        "--mode=probe",
+        f"--checkpoint={tmp_path}",
+    )
+    codes, logs = _finish([process])
+    assert codes == [2]
+    assert "--mode=probe is of one" in logs[0]
