@@ -67,9 +67,9 @@ class TrainingCheckpoints:
             max_to_keep: older checkpoints are deleted.
             saves: whether this process writes; of several machines, which all
                 hold the same state, one does.
-            **objects: keras models, stored by the paths of their variables,
-                and other trackable objects; all their variables exist.
-                None is left out.
+            **objects: keras models and optimizers, stored by the paths of
+                their variables, and other trackable objects; all their
+                variables exist. None is left out.
         """
         self.directory = directory
         self._saves = saves
@@ -138,10 +138,14 @@ class TrainingCheckpoints:
 
 
 def _trackable(item: Any) -> Any:
-    """Returns a model's variables by path: names that outlive its layers.
+    """Returns the variables of a model or an optimizer by path.
 
-    Keras itself numbers the layers, so that any new one would break all files.
+    Keras itself numbers the layers, so that any new one would break all files,
+    and has an optimizer save the weights that it trains once more.
     """
+    if isinstance(item, keras.optimizers.Optimizer):
+        # Without its own name, which is numbered.
+        return {v.path.partition("/")[2]: v.value for v in item.variables}
     return by_path(item) if isinstance(item, keras.layers.Layer) else item
 
 

@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 bash make_venv.sh requirements-dev.txt
-exec .venv/bin/python -m pytest "$@"
+# Two at a time; of one file, one after the other, on what they share.
+exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"

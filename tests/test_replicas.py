@@ -42,14 +42,14 @@ def _finish(process, path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs on 1 and 2 replicas side by side, then that on 4."""
+    """The runs on 1, 2 and 4 replicas, one after the other."""
     folder = tmp_path_factory.mktemp("replicas")
-    pair = [
-        _start(1, folder, sorted({*_CASES, *_CASES_OF_FOUR})),
-        _start(2, folder, _CASES),
-    ]
-    one, two = (_finish(*started) for started in pair)
-    return {1: one, 2: two, 4: _finish(*_start(4, folder, _CASES_OF_FOUR))}
+    cases = {
+        1: sorted({*_CASES, *_CASES_OF_FOUR}),
+        2: _CASES,
+        4: _CASES_OF_FOUR,
+    }
+    return {n: _finish(*_start(n, folder, cases[n])) for n in cases}
 
 
 @pytest.fixture(scope="module")
