@@ -13,6 +13,7 @@ import cluster
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 import checkpoint
 
@@ -154,6 +155,33 @@ def test_one_told_to_stop_stops_all(tmp_path):
     assert codes == [128 + signal.SIGTERM] * 2
     for log in logs:
         assert "Interrupted. Saved at step" in log
+
+
+def test_other_hosts_read_their_part_of_the_data(tmp_path):
+    """And say here what they could not read."""
+    folder, out = tmp_path / "images", tmp_path / "out.npz"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(11):
+        pixels = random.integers(0, 255, (24 + 2 * index, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    Image.fromarray(pixels).save(folder / "cut.png")
+    Image.new("RGB", (40, 60), "gray").save(folder / "even.png")
+    subprocess.run(
+        [sys.executable, _ROOT / "tests" / "remote_hosts.py", folder, out],
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        check=True,
+    )
+    with np.load(out) as file:
+        found = dict(file)
+    for name in ("memory", "files", "masked", "evaluation"):
+        here, there = (found[f"{name}/{w}"] for w in ("here", "there"))
+        assert len(there) > 3 * 8 * 16 * 16
+        np.testing.assert_array_equal(there, here, name)
+    undecodable, implausible = found["reports/there"]
+    assert undecodable == 1
+    assert implausible >= 1
+    np.testing.assert_array_equal(found["reports/there"], found["reports/here"])
 
 
 def test_what_one_machine_does_is_not_for_several(tmp_path):
