@@ -128,7 +128,7 @@ class TrainingCheckpoints:
                     f"{str(error).splitlines()[0]}"
                 ) from error
             else:
-                return int(self.step)
+                return int(self.step.numpy())
         if paths:
             raise ValueError(
                 f"None of the {len(paths)} checkpoints in {self.directory} "

@@ -120,7 +120,7 @@ def test_one_of_them_writes(tmp_path):
     assert not folders[1].exists() or not list(folders[1].iterdir())
     # The second goes on from nothing, the first from step 2.
     codes, logs = train(4)
-    assert codes == [2, 2]
+    assert codes == [2, 2], logs
     for log in logs:
         assert "different steps, [0, 2]: --model_dir must be" in log
 
@@ -128,11 +128,11 @@ def test_one_of_them_writes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
-    flags = ["--train_steps=400", "--checkpoint_steps=20"]
+    flags = ["--train_steps=100", "--checkpoint_steps=10"]
     _train(2, tmp_path / "whole", *flags)
     killed = tmp_path / "killed"
     processes = [_start(c, killed, *flags) for c in cluster.tf_configs(2)]
-    _wait_for(killed / "ckpt-40.index", processes)
+    _wait_for(killed / "ckpt-20.index", processes)
     processes[victim].kill()
     codes, logs = _finish(processes)
     assert codes[victim] == -signal.SIGKILL
@@ -155,6 +155,20 @@ def test_one_told_to_stop_stops_all(tmp_path):
     assert codes == [128 + signal.SIGTERM] * 2
     for log in logs:
         assert "Interrupted. Saved at step" in log
+
+
+def test_replicas_go_on_from_a_checkpoint(tmp_path):
+    flags = [
+        "--cpu_replicas=2",
+        "--learning_rate_schedule=constant",
+        "--warmup_epochs=0",
+    ]
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        _train(1, tmp_path / folder, f"--train_steps={steps}", *flags)
+    whole, parts = (_tensors(tmp_path / name) for name in ("whole", "parts"))
+    del whole["save_counter/.ATTRIBUTES/VARIABLE_VALUE"]
+    for name, value in whole.items():
+        np.testing.assert_array_equal(parts[name], value, name)
 
 
 def test_other_hosts_read_their_part_of_the_data(tmp_path):
