@@ -340,7 +340,11 @@ def compile_step(run: experiment.Run, where: Slice, rows: int) -> Compiled:
     step = trainer.build_step(config, run.networks, optimizers)
     spec = batch_spec(run.train_data, rows, config.views)
     program = replica_program(step, spec, run.strategy, where.num_replicas)
-    module = lower(program, spec, run.strategy)
+    try:
+        module = lower(program, spec, run.strategy)
+    except (ValueError, tf.errors.OpError) as error:
+        # An operation that XLA does not have, for instance.
+        return Compiled(error=f"TensorFlow does not lower it: {error}")
     lowered = time.monotonic()
     compiled = compile_for(where, module)
     logging.info(

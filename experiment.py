@@ -531,6 +531,8 @@ def make_architecture(
     if pretrains and settings.objective == "siglip":
         # So that the many negatives do not dominate at first.
         values["critic_bias"] = -10.0
+    if pretrains and settings.objective == "wpc":
+        values["differentiable_twice"] = True
     if pretrains and settings.objective == "semppl":
         values["queue_shape"] = settings.num_large_views, settings.queue_size
     return model.Architecture(**values)

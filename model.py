@@ -227,6 +227,7 @@ class Architecture:
         max_inverse_temperature: where it is trained, > 0.
         critic_bias: of the logits, where it is trained, at the start.
         queue_shape: views and entries of SemPPL's queue; or ().
+        differentiable_twice: whether the loss has gradients in it, as WPC's.
         ft_proj_selector: the layer of the projection head that the classifier
             sees: 0 is the encoder's output, -1 the projection.
         num_classes: of the classifier; 0 for none.
@@ -261,6 +262,7 @@ class Architecture:
     max_inverse_temperature: float = 5.0
     critic_bias: float = 0.0
     queue_shape: Sequence[int] = ()
+    differentiable_twice: bool = False
     ft_proj_selector: int
     num_classes: int
     zero_init_logits_layer: bool
@@ -273,6 +275,7 @@ class Architecture:
             target_network=False,
             learnable_temperature=False,
             queue_shape=(),
+            differentiable_twice=False,
         )
 
 
@@ -610,6 +613,7 @@ def build_encoder(architecture: Architecture) -> keras.Model:
         global_bn=architecture.global_bn,
         batch_norm_momentum=architecture.batch_norm_decay,
         channels=architecture.channels,
+        differentiable_twice=architecture.differentiable_twice,
     )
 
 

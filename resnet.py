@@ -240,6 +240,7 @@ class _Builder:
         sk_ratio: see `resnet`.
         se_ratio: see `resnet`.
         zero_init_residual: see `resnet`.
+        differentiable_twice: see `resnet`.
     """
 
     norm: Callable[..., keras.layers.Layer]
@@ -251,6 +252,7 @@ class _Builder:
     sk_ratio: float
     se_ratio: float
     zero_init_residual: bool
+    differentiable_twice: bool
 
     def filters(self, base: float) -> int:
         return max(_MIN_FILTERS, round(base * self.width_multiplier))
@@ -491,8 +493,10 @@ class _Builder:
             # Zeros are never the largest: what is pooled comes from a ReLU.
             x = keras.layers.ZeroPadding2D(1, name="initial_max_pool_pad")(x)
             padding = "valid"
+        # XLA has no second gradient of max-pooling in half precision.
+        dtype = "float32" if self.differentiable_twice else None
         return keras.layers.MaxPooling2D(
-            3, 2, padding=padding, name="initial_max_pool"
+            3, 2, padding=padding, dtype=dtype, name="initial_max_pool"
         )(x)
 
 
@@ -511,6 +515,7 @@ def resnet(
     global_bn: bool = True,
     batch_norm_momentum: float = 0.9,
     channels: int = 3,
+    differentiable_twice: bool = False,
     name: str = "encoder",
 ) -> keras.Model:
     """Returns an encoder: a residual network without its classifier.
@@ -559,6 +564,8 @@ def resnet(
         global_bn: whether BatchNorm statistics cover all replicas.
         batch_norm_momentum: of the moving statistics, in [0, 1].
         channels: of the images.
+        differentiable_twice: whether XLA must compile gradients of gradients,
+            also in half precision.
         name: of the model.
 
     Returns:
@@ -610,6 +617,7 @@ def resnet(
         sk_ratio=sk_ratio,
         se_ratio=se_ratio,
         zero_init_residual=zero_init_residual,
+        differentiable_twice=differentiable_twice,
     )
     images = keras.Input((None, None, channels), name=f"{name}_images")
     x = builder.stem(images, base_filters[0], stem)

@@ -898,7 +898,7 @@ def train(
     pace = _Pace(config.steps_per_loop)
     saved = time.monotonic()
     while step < config.train_steps:
-        # Machines differ in speed, and one alone may be told to stop.
+        # Machines differ in speed and clocks; one alone may be told to stop.
         num_steps = min(hosts.numbers(pace.num_steps))
         num_steps = min(num_steps, _steps_to_save(config, step))
         started = time.monotonic()
@@ -907,8 +907,9 @@ def train(
         _check_finite(loop.names, history, step)
         step += num_steps
         reporter.progress(step, loop.names, history, pace.seconds_a_step)
-        stop = any(hosts.numbers(int(interrupted())))
-        if stop or _is_due(config, step, time.monotonic() - saved):
+        is_due = _is_due(config, step, time.monotonic() - saved)
+        stop = any(hosts.numbers(interrupted()))
+        if stop or any(hosts.numbers(is_due)):
             _check_finite_weights(networks, step)
             checkpoints.save(step)
             reporter.flush()

@@ -285,6 +285,18 @@ def test_a_compiler_that_aborts_is_reported(tmp_path, monkeypatch):
     assert "F0000 check" in compiled.error
 
 
+def test_what_tensorflow_does_not_lower_is_reported(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("No registered 'Eig' OpKernel\n\nA graph.")
+
+    monkeypatch.setattr(check_tpu, "lower", fail)
+    findings = _check("--train_batch_size=8 --tpu_topology=v5e:2x2", tmp_path)
+    assert not findings.compiled.fits
+    text = check_tpu.report(findings)
+    assert "TensorFlow does not lower it: No registered 'Eig'" in text
+    assert "A graph" not in text
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install -r requirements-check"):

@@ -792,3 +792,27 @@ def test_an_encoder_without_blocks_cannot_be_computed_again():
     network = keras.Model(images, keras.layers.Flatten()(images))
     with pytest.raises(ValueError, match="Only the blocks of ResNets"):
         resnet.recomputing(network)
+
+
+def test_gradients_of_gradients_compile_in_half_precision():
+    """Those of WPC's penalty, on TPUs and GPUs."""
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        encoder = resnet.resnet(
+            10, width_multiplier=0.125, differentiable_twice=True
+        )
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+    @tf.function(jit_compile=True)
+    def second(images):
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                inner.watch(images)
+                scores = tf.reduce_sum(encoder(images, training=True) ** 2)
+            norm = tf.reduce_sum(inner.gradient(scores, images) ** 2)
+        return outer.gradient(norm, encoder.trainable_variables[0])
+
+    gradient = second(tf.random.normal([2, 32, 32, 3])).numpy()
+    assert np.isfinite(gradient).all()
+    assert gradient.any()
