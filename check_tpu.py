@@ -8,6 +8,7 @@ has it compiled by libtpu, the compiler of the TPU itself. Neither is executed.
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -57,10 +58,16 @@ def require_compiler() -> None:
         for name in tpu_compiler.PACKAGES
         if not importlib.util.find_spec(name)
     ]
+    how = "pip install -r requirements-check-tpu.txt"
     if missing:
         raise ValueError(
-            f"--mode=check_tpu needs {' and '.join(missing)}: pip install -r "
-            "requirements-check-tpu.txt"
+            f"--mode=check_tpu needs {' and '.join(missing)}: {how}"
+        )
+    found = importlib.metadata.version("jax")
+    if found != tpu_compiler.JAX_VERSION:
+        raise ValueError(
+            f"--mode=check_tpu needs jax {tpu_compiler.JAX_VERSION}, not "
+            f"{found}: {how}"
         )
 
 
@@ -208,6 +215,7 @@ class Compiled:
     Attributes:
         compiler: its versions; "" where it did not live to say.
         error: why it did not compile; or "".
+        crashed: whether that is because the compiler did not come to its end.
         arguments: bytes of weights, optimizer and batch.
         temporaries: bytes of activations and all else.
         peak: bytes in use at a time, both together.
@@ -219,6 +227,7 @@ class Compiled:
 
     compiler: str = ""
     error: str = ""
+    crashed: bool = False
     arguments: int = 0
     temporaries: int = 0
     peak: int = 0
@@ -264,7 +273,9 @@ def compile_for(where: Slice, module: bytes) -> Compiled:
     if process.returncode < 0:
         how = signal.Signals(-process.returncode).name
     last = "\n".join(process.stderr.strip().splitlines()[-5:])
-    return Compiled(error=f"The compiler ended with {how}:\n{last}")
+    return Compiled(
+        error=f"The compiler ended with {how}:\n{last}", crashed=True
+    )
 
 
 def recomputation(compiled: Compiled, small: Compiled) -> float:
@@ -398,15 +409,18 @@ def check(
             small = compiled(few)
 
     def fits(rows: int) -> bool:
-        try:
-            return compiled(rows).fits
-        except ValueError as error:
-            logging.info("%d images a replica: %s", rows, error)
-            return False
+        found = compiled(rows)
+        if not (found.fits or found.out_of_memory):
+            raise ValueError(f"{rows} images a replica: {found.error}")
+        return found.fits
 
     if find_batch and (asked.fits or asked.out_of_memory):
         # The compiler pads batches to multiples of 8.
-        most = largest(fits, rows, parts * 8 if rows >= parts * 8 else parts)
+        unit = parts * 8 if rows >= parts * 8 else parts
+        try:
+            most = largest(fits, rows, unit)
+        except ValueError as error:  # whatever it is, it is not the memory
+            logging.warning("The largest batch is not known: %s", error)
     return Findings(
         where=where,
         rows=rows,
@@ -421,7 +435,8 @@ def _advice(settings: experiment.Settings) -> Iterator[str]:
     """Yields what would make the step need less memory."""
     if not settings.mixed_precision:
         yield "--mixed_precision: activations of half the size"
-    if settings.encoder == "resnet" and not settings.remat:
+    again = settings.encoder == "resnet" and settings.objective != "wpc"
+    if again and not settings.remat:
         yield "--remat: blocks are computed again for gradients"
     if settings.train_mode == "pretrain":
         more = 2 * settings.accumulate_steps
@@ -457,7 +472,8 @@ def report(findings: Findings) -> str:
             ),
         )
     else:
-        add("compiles", "no", *compiled.error.split("\n\n")[0].splitlines())
+        verdict = "not known" if compiled.crashed else "no"
+        add("compiles", verdict, *compiled.error.split("\n\n")[0].splitlines())
         add("memory", f"{chip.memory:.2f} GiB a replica, by the compiler")
         if compiled.out_of_memory:
             add("what helps", *findings.advice)

@@ -28,6 +28,7 @@ _GONE = {
     "SUSPENDED": "start it, or create another",
     "DELETING": "create it again",
 }
+_TAKEN_BACK = ("PREEMPTED", "TERMINATED", "DELETING")
 # What the API says where nothing is the matter: old and new runtimes differ.
 _HEALTHY = (None, "", "HEALTHY", "HEALTH_UNSPECIFIED")
 _OVERLOADED = 429  # HTTP status; from 500 on, the server is at fault
@@ -71,19 +72,21 @@ def wait_until_ready(
         sleep: takes seconds.
 
     Raises:
-        ValueError: in one sentence, why not.
+        AwayError: if it has been taken back.
+        ValueError: for any other reason; in one sentence, why not.
     """
     name, waited = client.name(), 0.0
-    while (problem := _problem(client)) and waited < 60 * minutes:
+    problem, runtime = _look(client)
+    while problem and waited < 60 * minutes:
         logging.info("Waiting for the TPU %s: %s.", name, problem)
         sleep(_SECONDS_BETWEEN_POLLS)
         waited += _SECONDS_BETWEEN_POLLS
+        problem, runtime = _look(client)
     if problem:
         raise ValueError(
             f"The TPU {name!r} is not ready after {waited / 60:.3g} minutes "
             f"(--tpu_wait_minutes): {problem}."
         )
-    runtime = _ask(client, client.runtime_version)
     found = re.search(r"\d+\.\d+(\.\d+)?", runtime or "")
     if not found:
         logging.warning(
@@ -101,23 +104,37 @@ def wait_until_ready(
         )
 
 
-def _problem(client: cloud_tpu_client.Client) -> str | None:
-    """Returns what time may mend; None if all is well.
+def _look(
+    client: cloud_tpu_client.Client,
+) -> tuple[str | None, str | None]:
+    """Returns what time may mend, None if all is well; and the runtime.
 
     Raises:
         ValueError: for what time does not mend.
     """
     try:
-        state, health = _ask(client, client.state), _ask(client, client.health)
-    except _NoAnswerError as error:
-        return str(error)
-    if state in _GONE:
-        raise ValueError(
-            f"The TPU {client.name()!r} is {state}: {_GONE[state]}."
+        state, health, runtime = (
+            _ask(client, question)
+            for question in (
+                client.state,
+                client.health,
+                client.runtime_version,
+            )
         )
+    except _NoAnswerError as error:
+        return str(error), None
+    if state in _GONE:
+        kind = AwayError if state in _TAKEN_BACK else ValueError
+        raise kind(f"The TPU {client.name()!r} is {state}: {_GONE[state]}.")
     if state != _READY:
-        return f"it is {state}"
-    return None if health in _HEALTHY else f"its health is {health}"
+        return f"it is {state}", runtime
+    if health not in _HEALTHY:
+        return f"its health is {health}", runtime
+    return None, runtime
+
+
+class AwayError(ValueError):
+    """The TPU was there, or should be, and may be again."""
 
 
 class _NoAnswerError(ValueError):

@@ -140,13 +140,20 @@ def outline(
     if is_elsewhere and not is_tfds or path.endswith(".npz"):
         dataset = sources.outline_unknown(name, split, channels)
     else:
-        if data_dir and not os.path.isdir(data_dir):
+        if data_dir and not _is_folder(data_dir):
             data_dir = os.devnull  # not where TFDS looks if there is none
         builder = sources.tfds_builder(path, data_dir, prepare=False)
         dataset = sources.outline_tfds(builder, split, channels)
     dataset = dataclasses.replace(dataset, name=name)
     logging.info("%s", describe(dataset))
     return dataset
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return tf.io.gfile.isdir(path)
+    except tf.errors.OpError:  # no network
+        return False
 
 
 def describe(dataset: Dataset) -> str:

@@ -13,8 +13,9 @@ import cloud_tpu
 
 STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
 LOCAL_TPU = "local"
-# What a lost TPU or machine raises in the middle of a run.
+# What a lost TPU or machine raises.
 LOST = (
+    cloud_tpu.AwayError,
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
     tf.errors.DeadlineExceededError,
@@ -50,8 +51,9 @@ def choose_strategy(
     Args:
         wanted: one of them, or "auto": the first of a TPU, the machines that
             TF_CONFIG names, several GPUs, one device.
-        use_tpu: wins over `wanted`; None: unset.
-        tpu_named: whether there is a TPU's name or address.
+        use_tpu: wins over all else; None: unset.
+        tpu_named: whether there is a TPU's name or address, which wins over
+            `wanted`.
         num_gpus: of this machine.
         cpu_replicas: logical devices to split the CPU into.
 
@@ -61,14 +63,14 @@ def choose_strategy(
     workers = num_workers()
     if use_tpu is False and wanted == "tpu":
         wanted = "auto"
-    if use_tpu or (use_tpu is None and tpu_named and wanted == "auto"):
+    if use_tpu or (use_tpu is None and tpu_named):
         return "tpu"
     if wanted == "multi_worker" and not workers:
         raise ValueError(
             "--strategy=multi_worker needs the environment variable TF_CONFIG, "
             "which names the machines and says which one this is; see README."
         )
-    if wanted == "mirrored" and max(num_gpus, cpu_replicas) < 2:
+    if wanted == "mirrored" and (num_gpus or cpu_replicas) < 2:
         raise ValueError(
             f"--strategy=mirrored is for several GPUs; there are {num_gpus}. "
             "To try it on a CPU: --cpu_replicas=2."
@@ -217,14 +219,17 @@ def _tpu_strategy(
             )
         return tf.distribute.TPUStrategy(resolver, assignment)
     except _NO_TPU as error:
-        raise ValueError(_why_no_tpu(name, error)) from error
+        away = name != LOCAL_TPU and isinstance(error, LOST)
+        kind = cloud_tpu.AwayError if away else ValueError
+        raise kind(_why_no_tpu(name, error)) from error
 
 
 def _why_no_tpu(name: str, error: Exception) -> str:
     """Returns, for what connecting raised, what to do."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
     if name != LOCAL_TPU:
         return (
-            f"No TPU answers as {name!r}: {str(error).splitlines()[0]} Is it "
+            f"No TPU answers as {name!r}: {first} Is it "
             "of this network, and of the same TensorFlow version?"
         )
     if has_tpu_chip() and "No OpKernel" in str(error):
@@ -236,7 +241,7 @@ def _why_no_tpu(name: str, error: Exception) -> str:
     if has_tpu_chip():
         return (
             f"The TPU of this machine does not start, perhaps because another "
-            f"process has it: {str(error).splitlines()[0]}"
+            f"process has it: {first}"
         )
     return (
         "No TPU found on this machine. Give the --tpu_name, --tpu_zone and "

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -102,6 +103,8 @@ class Run:
             settings.strategy, settings.use_tpu = "tpu", True
             return
         gpus = tf.config.list_physical_devices("GPU")
+        if settings.dry_run and settings.strategy != "auto":
+            return  # which need not be there
         settings.strategy = devices.choose_strategy(
             settings.strategy,
             use_tpu=settings.use_tpu,
@@ -180,12 +183,26 @@ class Run:
     @functools.cached_property
     def networks(self) -> model.Networks:
         """With fresh weights, made in the strategy's scope."""
-        # Whatever was built before, as in a sweep.
-        keras.utils.set_random_seed(self.settings.seed)
-        with self.strategy.scope():
+        settings = self.settings
+
+        def build() -> model.Networks:
+            # Whatever was built before, as in a sweep.
+            keras.utils.set_random_seed(settings.seed)
             return model.build_networks(
-                self.architecture, remat=self.settings.remat
+                self.architecture,
+                remat=settings.remat,
+                differentiable_twice=settings.objective == "wpc",
             )
+
+        with self.strategy.scope():
+            networks = build()
+        if isinstance(self.strategy, tf.distribute.TPUStrategy):
+            # A TPU draws other random numbers than a CPU from the same seed.
+            with tf.device("CPU:0"):
+                drawn = build().models()
+            for name, network in networks.models().items():
+                network.set_weights(drawn[name].get_weights())
+        return networks
 
     @property
     def eval_crop(self) -> float | None:
@@ -377,11 +394,17 @@ class Run:
             )
         )
 
+    @property
+    def _eval_batch_size(self) -> int:
+        """Images a step of evaluation, which divide among the replicas."""
+        count = self.strategy.num_replicas_in_sync
+        return math.ceil(self.settings.eval_batch_size / count) * count
+
     def forward_options(self) -> dict[str, Any]:
         """Returns how `features.compute_outputs` is to run."""
         return {
             "crop_proportion": self.eval_crop,
-            "batch_size": self.settings.eval_batch_size,
+            "batch_size": self._eval_batch_size,
             "strategy": self.strategy,
             "jit_compile": self.settings.jit_compile,
         }
@@ -397,7 +420,7 @@ class Run:
             functools.partial(
                 data.eval_stream,
                 dataset,
-                batch_size=settings.eval_batch_size,
+                batch_size=self._eval_batch_size,
                 image_size=settings.image_size,
                 crop_proportion=crop or 1.0,
             )
@@ -531,8 +554,6 @@ def make_architecture(
     if pretrains and settings.objective == "siglip":
         # So that the many negatives do not dominate at first.
         values["critic_bias"] = -10.0
-    if pretrains and settings.objective == "wpc":
-        values["differentiable_twice"] = True
     if pretrains and settings.objective == "semppl":
         values["queue_shape"] = settings.num_large_views, settings.queue_size
     return model.Architecture(**values)

@@ -227,7 +227,6 @@ class Architecture:
         max_inverse_temperature: where it is trained, > 0.
         critic_bias: of the logits, where it is trained, at the start.
         queue_shape: views and entries of SemPPL's queue; or ().
-        differentiable_twice: whether the loss has gradients in it, as WPC's.
         ft_proj_selector: the layer of the projection head that the classifier
             sees: 0 is the encoder's output, -1 the projection.
         num_classes: of the classifier; 0 for none.
@@ -262,7 +261,6 @@ class Architecture:
     max_inverse_temperature: float = 5.0
     critic_bias: float = 0.0
     queue_shape: Sequence[int] = ()
-    differentiable_twice: bool = False
     ft_proj_selector: int
     num_classes: int
     zero_init_logits_layer: bool
@@ -275,7 +273,6 @@ class Architecture:
             target_network=False,
             learnable_temperature=False,
             queue_shape=(),
-            differentiable_twice=False,
         )
 
 
@@ -527,7 +524,10 @@ class Networks:
 
 
 def build_networks(
-    architecture: Architecture, *, remat: bool = False
+    architecture: Architecture,
+    *,
+    remat: bool = False,
+    differentiable_twice: bool = False,
 ) -> Networks:
     """Returns networks with fresh weights; a target is a copy of its online.
 
@@ -535,12 +535,15 @@ def build_networks(
         architecture: what to build.
         remat: whether gradients compute the encoder's blocks again instead of
             keeping their activations.
+        differentiable_twice: whether the loss has gradients in it, as WPC's.
 
     Raises:
         ValueError: if a field of `architecture` is out of its range, or
             `remat` is asked of an encoder that has no blocks.
     """
-    encoder = build_encoder(architecture)
+    encoder = build_encoder(
+        architecture, differentiable_twice=differentiable_twice
+    )
     projection = _build_projection(architecture, encoder.output_shape[-1])
     layers, selector = projection.outputs, architecture.ft_proj_selector
     if not -len(layers) <= selector < len(layers):
@@ -586,8 +589,14 @@ def build_networks(
     return networks
 
 
-def build_encoder(architecture: Architecture) -> keras.Model:
+def build_encoder(
+    architecture: Architecture, *, differentiable_twice: bool = False
+) -> keras.Model:
     """Returns the encoder alone, with fresh weights.
+
+    Args:
+        architecture: whose encoder.
+        differentiable_twice: see `resnet.resnet`.
 
     Raises:
         ValueError: if a field of `architecture` is out of its range.
@@ -613,7 +622,7 @@ def build_encoder(architecture: Architecture) -> keras.Model:
         global_bn=architecture.global_bn,
         batch_norm_momentum=architecture.batch_norm_decay,
         channels=architecture.channels,
-        differentiable_twice=architecture.differentiable_twice,
+        differentiable_twice=differentiable_twice,
     )
 
 

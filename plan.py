@@ -13,7 +13,7 @@ import tpu_slices
 import trainer
 
 # Where it is not known how many cores there will be.
-_SLICES = (8, 16, 32, 64, 128, 256)
+_NUM_CORES = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def describe(run: experiment.Run) -> str:
@@ -95,9 +95,11 @@ def _devices(settings: experiment.Settings) -> tuple[str, int | None]:
         count: int | None = slice_.num_replicas
         return f"{slice_.name}, {count} replicas", count
     count = devices.num_replicas(settings.strategy, settings.cpu_replicas)
-    known = "as many cores as it has"
-    if count:
+    known = "as many cores as there are"
+    if count and (count > 1 or settings.strategy == "one_device"):
         known = "1 replica" if count == 1 else f"{count} replicas"
+    else:
+        count = None
     return f"{settings.strategy}, {known}", count
 
 
@@ -110,7 +112,7 @@ def _per_core(config: trainer.TrainConfig, replicas: int | None) -> str:
     return (
         ", ".join(
             f"{config.batch_size // cores:,} with {cores}"
-            for cores in _SLICES
+            for cores in _NUM_CORES
             if config.batch_size % (cores * parts) == 0
         )
         + more

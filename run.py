@@ -28,6 +28,14 @@ os.environ.setdefault(
     "2" if os.path.exists("/proc/driver/nvidia") else "3",
 )
 
+# Steps of the self-test run in other processes; this one must not hold the TPU,
+# which TensorFlow takes as it is imported.
+os.environ.update(
+    {"TPU_LOAD_LIBRARY": "0"}
+    if "mode selftest" in " ".join(sys.argv).replace("=", " ")
+    else {}
+)
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -218,7 +226,10 @@ flags.DEFINE_integer(
     lower_bound=0,
 )
 flags.DEFINE_integer(
-    "eval_batch_size", 256, "Images a step of evaluation.", lower_bound=1
+    "eval_batch_size",
+    256,
+    "Images a step of evaluation; more, if they do not divide among replicas.",
+    lower_bound=1,
 )
 flags.DEFINE_integer(
     "eval_steps", 0, "Steps of evaluation; 0: all images.", lower_bound=0
@@ -973,6 +984,8 @@ def main(argv: Sequence[str]) -> None:
     )
     try:
         work = _prepare(*resolve_flags())
+    except devices.LOST as error:
+        _exit_lost(error)
     except (ValueError, OSError, tf.errors.OpError) as error:
         _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
     try:
@@ -985,13 +998,8 @@ def main(argv: Sequence[str]) -> None:
         # Another machine may have been told, not this one.
         number = _Signals.received or signal.SIGTERM
         _exit(128 + number, f"Interrupted. {error}")
-    except devices.LOST as error:
-        _exit(
-            _EXIT_LOST,
-            "Lost the TPU or another machine, perhaps to preemption: "
-            f"{_one_paragraph(error)}\nThe same command, on all machines, goes "
-            "on from the last checkpoint.",
-        )
+    except (*devices.LOST, tf.errors.FailedPreconditionError) as error:
+        _exit_lost(error)
 
 
 def _prepare(settings: Settings, origins: dict[str, str]) -> Callable[[], None]:
@@ -1035,6 +1043,15 @@ def _set_up_log() -> None:
 def _exit(code: int, message: str) -> None:
     sys.stderr.write(message + "\n")
     sys.exit(code)
+
+
+def _exit_lost(error: Exception) -> None:
+    _exit(
+        _EXIT_LOST,
+        "Lost the TPU or another machine, perhaps to preemption: "
+        f"{_one_paragraph(error)}\nThe same command, on all machines, goes on "
+        "from the last checkpoint.",
+    )
 
 
 def _one_paragraph(error: Exception) -> str:
@@ -1177,6 +1194,11 @@ def _check(settings: Settings) -> None:
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
     _check_inputs(settings)
+    if settings.remat and settings.objective == "wpc":
+        raise ValueError(
+            "--remat is not for --objective=wpc, whose loss has gradients in "
+            "it: TensorFlow computes nothing again for gradients of gradients."
+        )
     if settings.use_siglip and settings.objective != "siglip":
         raise ValueError("--use_siglip is a loss of --objective=relic.")
     views = settings.num_large_views, settings.num_small_views
@@ -1405,19 +1427,21 @@ def _train(run: Run) -> Callable[[], None]:
     make_stream(num_replicas=run.strategy.num_replicas_in_sync)
 
     def work() -> None:
-        signals = _Signals()
-        trainer.train(
-            config,
-            run.networks,
-            optimizers,
-            lambda step: run.distributed(
-                functools.partial(make_stream, first_step=step)
-            ),
-            run.strategy,
-            checkpoints,
-            reporter,
-            lambda: bool(signals.received),
-        )
+        with _Signals() as signals:
+            trainer.train(
+                config,
+                run.networks,
+                optimizers,
+                lambda step: run.distributed(
+                    functools.partial(make_stream, first_step=step)
+                ),
+                run.strategy,
+                checkpoints,
+                reporter,
+                lambda: bool(signals.received),
+            )
+        if evaluates and signals.received:
+            raise trainer.Interrupted("Trained, not evaluated.")
         if evaluates:
             run_report.of_classifier(run, *run.evaluate(config.train_steps))
 
@@ -1676,6 +1700,8 @@ def _check_tpu(run: Run) -> Callable[[], None]:
             run, where, find_batch=run.settings.find_batch
         )
         sys.stdout.write(check_tpu.report(findings))
+        if findings.compiled.crashed:
+            sys.exit(1)
         if not findings.compiled.fits:
             sys.exit(_EXIT_NOT_FITTING)
 
@@ -1687,9 +1713,16 @@ class _Signals:
 
     received = 0
 
-    def __init__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+    def __enter__(self) -> "_Signals":
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _: Any) -> None:
         if _Signals.received:  # the second time is meant

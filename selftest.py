@@ -10,6 +10,7 @@ process of its own: strategies collide in one.
 
 import dataclasses
 import functools
+import os
 import pickle
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import tensorflow as tf
 from absl import logging
 
 import data
+import devices
 import experiment
 import model
 import trainer
@@ -296,15 +298,21 @@ def compare(
     return Comparison(names, batch_size, found)
 
 
-def _in_a_process(folder: Path, *task: Any) -> Traced:
+def _in_a_process(
+    folder: Path, settings: experiment.Settings, *more: Any
+) -> Traced:
     """Returns what `_run` returns for these arguments."""
     asked, answered = folder / "settings.pickle", folder / "trace.npz"
-    asked.write_bytes(pickle.dumps(task))
+    asked.write_bytes(pickle.dumps((settings, *more)))
     command = [sys.executable, __file__, str(asked), str(answered)]
-    code = subprocess.run(command, check=False).returncode
+    environment = dict(os.environ)
+    name = settings.master or settings.tpu_name or environment.get("TPU_NAME")
+    if name in (None, "", devices.LOCAL_TPU):
+        environment.pop("TPU_LOAD_LIBRARY", None)  # see run.py
+    code = subprocess.run(command, check=False, env=environment).returncode
     if code:
         raise ProcessFailed(
-            f"The steps on {'one device' if task[-1] else 'all devices'} "
+            f"The steps on {'one device' if more[-1] else 'all devices'} "
             f"ended with exit code {code}; why, is said above."
         )
     with np.load(answered) as file:
@@ -326,6 +334,8 @@ def _run(
     if not settings.mixed_precision:
         # What GPUs round to otherwise, the few images here would amplify.
         tf.config.experimental.enable_tensor_float_32_execution(False)
+    # One GPU alone would have XLA, which rounds half precision otherwise.
+    settings.jit_compile = bool(settings.jit_compile)
     run = experiment.Run(settings, sources, first_alone=first_alone)
     count = run.strategy.num_replicas_in_sync
     settings.train_batch_size = (

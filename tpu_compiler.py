@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 PACKAGES = ("libtpu", "jax")
+JAX_VERSION = "0.10.2"  # whose private parts these are
 _ENVIRONMENT = {
     # Several checks may run at a time; this machine need not be Google's.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

@@ -12,8 +12,9 @@
 # semppl_300, semppl_1000, simclr_imagenet, ... With --dry_run, it prints what
 # both stages would be, and touches no TPU.
 #
-# A TPU that is lost on the way, to preemption for instance, is waited for. Set
-# BEFORE_RESTART to a command that makes a new one, if it does not come back.
+# A TPU that is lost on the way, to preemption for instance, is asked for again,
+# every RESTART_SECONDS. Set BEFORE_RESTART to a command that makes a new one, if
+# it does not come back.
 set -euo pipefail
 
 : "${RECIPE:=rpc_imagenet_r50}"
@@ -28,6 +29,7 @@ set -euo pipefail
 : "${RESTARTS:=100}"
 : "${RESTART_SECONDS:=60}"
 : "${BEFORE_RESTART:=true}"
+: "${ABORT_SECONDS:=600}"
 # Unset ones are the recipe's.
 : "${BATCH_SIZE:=}"
 : "${TRAIN_EPOCHS:=}"
@@ -61,11 +63,13 @@ if [[ $RECIPE == semppl_* ]]; then
   recipe+=("--labelled_fraction=$LABELLED_FRACTION")
 fi
 
-# Runs run.py, again after a lost TPU (exit code 75) or an aborted runtime (134).
+# Runs run.py, again after a lost TPU (exit code 75), or a runtime that aborted
+# (134) when it had worked for some time.
 run() {
-  local code tries=0
+  local code started tries=0
   while true; do
     code=0
+    started=$SECONDS
     "$PYTHON" "$here/run.py" \
       --use_tpu \
       --tpu_name="$TPU_NAME" \
@@ -76,9 +80,12 @@ run() {
       --eval_split=validation \
       --data_dir="$DATA_DIR" \
       "$@" || code=$?
-    if [[ $code != 75 && $code != 134 ]] || ((tries >= RESTARTS)); then
-      return "$code"
-    fi
+    case $code in
+      75) ;;
+      134) ((SECONDS - started >= ABORT_SECONDS)) || return "$code" ;;
+      *) return "$code" ;;
+    esac
+    ((tries < RESTARTS)) || return "$code"
     tries=$((tries + 1))
     echo "Restart $tries of at most $RESTARTS in $RESTART_SECONDS s ..." >&2
     sleep "$RESTART_SECONDS"

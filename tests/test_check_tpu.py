@@ -226,6 +226,7 @@ def _settings(batch_size, accumulate_steps=1):
             accumulate_steps=accumulate_steps,
             train_mode="pretrain",
             encoder="resnet",
+            objective="simclr",
             mixed_precision=True,
             remat=True,
         )
@@ -258,6 +259,10 @@ def test_the_largest_batch_is_looked_for_if_asked(monkeypatch):
     findings = check_tpu.check(_settings(4 * 200), where, find_batch=True)
     assert findings.largest is None
     assert compiler.tried == [200]
+    _Memory(monkeypatch, most=250, error="The compiler ended with SIGKILL.")
+    findings = check_tpu.check(_settings(4 * 200), where, find_batch=True)
+    assert findings.compiled.fits
+    assert findings.largest is None
 
 
 def test_collectives_are_counted_with_their_bytes():
@@ -281,6 +286,8 @@ def test_a_compiler_that_aborts_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(tpu_compiler, "__file__", str(script))
     compiled = check_tpu.compile_for(tpu_slices.find_slice("v5e:2x2"), b"")
     assert not compiled.fits
+    assert compiled.crashed
+    assert "compiles       not known" in check_tpu.report(_findings(compiled))
     assert "SIGABRT" in compiled.error
     assert "F0000 check" in compiled.error
 
@@ -300,6 +307,16 @@ def test_what_tensorflow_does_not_lower_is_reported(tmp_path, monkeypatch):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install -r requirements-check"):
+        check_tpu.require_compiler()
+
+
+@needs_compiler
+def test_another_jax_is_refused(monkeypatch):
+    pinned = (_TESTS.parent / "requirements-check-tpu.txt").read_text()
+    assert f"jax=={tpu_compiler.JAX_VERSION}\n" in pinned
+    check_tpu.require_compiler()
+    monkeypatch.setattr(tpu_compiler, "JAX_VERSION", "0.9.0")
+    with pytest.raises(ValueError, match="needs jax 0.9.0, not"):
         check_tpu.require_compiler()
 
 

@@ -150,14 +150,14 @@ def test_a_ready_tpu_is_not_waited_for(api):
 
 
 def test_a_new_tpu_is_waited_for(api):
-    # State and health are asked one after the other.
+    # State, health and version are asked one after the other.
     making = _node("CREATING", None, networkEndpoints=[])
-    api.answers = [making] * 4 + [_node()]
+    api.answers = [making] * 6 + [_node()]
     assert len(_wait()) == 2
 
 
 def test_a_maintained_tpu_is_waited_for(api):
-    api.answers = [_node(health="UNHEALTHY_MAINTENANCE")] * 2 + [_node()]
+    api.answers = [_node(health="UNHEALTHY_MAINTENANCE")] * 3 + [_node()]
     assert len(_wait()) == 1
 
 
@@ -245,8 +245,12 @@ def test_each_obstacle_is_one_line(
         )
         with pytest.raises(SystemExit) as exit_:
             run.main(["run.py"])
-    assert exit_.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("Error: ")
     assert line in error
+    if answer.get("state") in ("PREEMPTED", "TERMINATED"):
+        # A loop may make it again, and start this again.
+        assert exit_.value.code == 75
+        return
+    assert exit_.value.code == 2
+    assert error.startswith("Error: ")
     assert "\n" not in error

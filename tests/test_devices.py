@@ -37,7 +37,7 @@ def _bare(monkeypatch):
         ("mirrored", {"num_gpus": 2, "use_tpu": True}, "tpu"),
         ("tpu", {"num_gpus": 2, "use_tpu": False}, "mirrored"),
         ("auto", {"num_gpus": 2, "tpu_named": True}, "tpu"),
-        ("mirrored", {"num_gpus": 2, "tpu_named": True}, "mirrored"),
+        ("mirrored", {"num_gpus": 2, "tpu_named": True}, "tpu"),
         (
             "auto",
             {"num_gpus": 0, "tpu_named": True, "use_tpu": False},

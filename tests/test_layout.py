@@ -63,7 +63,7 @@ _MAY_IMPORT = {
         "tpu_slices",
         "trainer",
     },
-    "selftest": {"data", "experiment", "model", "trainer"},
+    "selftest": {"data", "devices", "experiment", "model", "trainer"},
     "tpu_compiler": set(),
     "tpu_slices": set(),
     "check_tpu": {

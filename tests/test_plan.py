@@ -88,6 +88,22 @@ def test_a_plan_of_what_is_here(tmp_path, capsys):
     assert expected == pytest.approx(found, rel=0.01)
 
 
+@pytest.mark.parametrize("strategy", ["mirrored", "multi_worker"])
+def test_devices_need_not_be_there(strategy, capsys):
+    plan = _plan(
+        capsys,
+        "--dataset=photo_patches",
+        "--resnet_depth=10",
+        "--train_batch_size=96",
+        f"--strategy={strategy}",
+    )
+    assert plan["devices"].strip() == f"{strategy}, as many cores as there are"
+    assert (
+        "48 with 2, 24 with 4, 12 with 8, 6 with 16, 3 with 32"
+        in (plan["batch"])
+    )
+
+
 def test_what_is_no_training_has_no_plan(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         _plan(capsys, "--mode=probe", f"--checkpoint={tmp_path}")
@@ -155,8 +171,18 @@ def test_the_script_of_recipes(tmp_path, recipe, what, steps, linear_steps):
     assert "known once" in linear["sizes"]
 
 
-@pytest.mark.parametrize("code", [75, 134, 3])
-def test_the_script_starts_again_what_was_lost(code, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "is_soon", "goes_on"),
+    [
+        (75, True, True),
+        (134, False, True),
+        (134, True, False),
+        (3, True, False),
+    ],
+)
+def test_the_script_starts_again_what_was_lost(
+    code, is_soon, goes_on, tmp_path
+):
     """With a program that is lost twice in place of Python."""
     python = tmp_path / "python"
     python.write_text(
@@ -173,14 +199,15 @@ echo "$@" >> {tmp_path}/calls
             "STORAGE_BUCKET": "my-bucket",
             "PYTHON": str(python),
             "RESTART_SECONDS": "0",
+            "ABORT_SECONDS": "600" if is_soon else "0",
             "BEFORE_RESTART": f"echo again >> {tmp_path}/restarts",
         },
         capture_output=True,
         text=True,
     )
     calls = (tmp_path / "calls").read_text().splitlines()
-    if code == 3:  # diverged: the same would happen again
-        assert result.returncode == 3
+    if not goes_on:  # diverged or unusable: the same would happen again
+        assert result.returncode == code
         assert len(calls) == 1
         return
     assert result.returncode == 0, result.stderr

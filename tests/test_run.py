@@ -9,7 +9,9 @@ import re
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
+import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 from replica_run import architecture
@@ -476,6 +478,7 @@ def test_a_flag_of_another_objective_is_reported(monkeypatch):
         ("--dataset=photo_patches --ft_proj_selector=9", "9"),
         ("--dataset=photo_patches --model_dir=/proc/x", "/proc/x"),
         ("--dataset=photo_patches --use_tpu", "No TPU"),
+        ("--dataset=photo_patches --objective=wpc --remat", "--remat is not"),
         ("--dataset=photo_patches --temperature=0", "temperature"),
         ("--dataset=photo_patches --num_small_views=1", "two large views"),
         (
@@ -566,3 +569,35 @@ def test_an_export_says_what_it_did_and_what_not(tmp_path, capsys):
 def test_malformed_flags_are_refused(word):
     with pytest.raises(flags.Error, match=word.split("=")[0].strip("-")):
         flags.FLAGS(["run.py", word])
+
+
+def test_a_tpu_starts_from_the_weights_of_a_cpu(tmp_path, monkeypatch):
+    """Its random numbers are others; here, ones stand for them."""
+
+    def weights():
+        settings, sources = _parse(
+            "run.py --dataset=photo_patches --resnet_depth=10 "
+            "--width_multiplier=0.125 --objective=byol"
+        )
+        networks = experiment.Run(settings, sources).networks
+        return {
+            name: part.get_weights() for name, part in networks.models().items()
+        }
+
+    expected, build = weights(), model.build_networks
+
+    def build_on(*args, **more):
+        networks = build(*args, **more)
+        if tf.distribute.in_cross_replica_context():  # in the strategy's scope
+            for part in networks.models().values():
+                part.set_weights([np.ones_like(x) for x in part.get_weights()])
+        return networks
+
+    monkeypatch.setattr(model, "build_networks", build_on)
+    strategy = tf.distribute.OneDeviceStrategy
+    monkeypatch.setattr(tf.distribute, "TPUStrategy", strategy)
+    found = weights()
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        for one, other in zip(found[name], values, strict=True):
+            np.testing.assert_array_equal(one, other)

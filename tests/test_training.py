@@ -511,6 +511,27 @@ def semppl(tmp_path_factory):
     return folder / "stopped", folder / "whole"
 
 
+def test_a_bucket_is_a_directory():
+    """TensorFlow's file system in memory stands for one of a cloud."""
+    directory = "ram://bucket/run"
+    words = [*_SMALL, "--mode=train_then_eval", f"--model_dir={directory}"]
+    for steps in (2, 4):
+        assert _main(*words, f"--train_steps={steps}") == 0
+    names = tf.io.gfile.listdir(directory)
+    assert {"run.json", "report.html", "ckpt-2.index", "ckpt-4.index"} <= {
+        *names
+    }
+    with tf.io.gfile.GFile(f"{directory}/result.json") as file:
+        assert json.load(file)["global_step"] == 4
+
+
+def test_signals_are_caught_while_training_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    with run._Signals() as signals:
+        assert signal.getsignal(signal.SIGTERM) == signals._receive
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_resuming_restores_queue_target_and_draws(semppl):
     states = [_tensors(directory, 8) for directory in semppl]
     assert set(states[0]) == set(states[1])

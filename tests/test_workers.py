@@ -162,6 +162,8 @@ def test_replicas_go_on_from_a_checkpoint(tmp_path):
         "--cpu_replicas=2",
         "--learning_rate_schedule=constant",
         "--warmup_epochs=0",
+        "--mode=train_then_eval",
+        "--eval_batch_size=255",  # does not divide, and need not
     ]
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         _train(1, tmp_path / folder, f"--train_steps={steps}", *flags)
