@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 PACKAGES = ("libtpu", "jax")
@@ -76,11 +76,7 @@ def compile_program(
         those of the program as it came; and `collectives`.
     """
     import jax
-    import numpy as np
-    from jax._src import compiler
-    from jax._src.interpreters import mlir
     from jax._src.lib import _jax
-    from jax._src.lib.mlir import ir
     from jax.experimental import topologies
     from jaxlib import _hlo
 
@@ -94,21 +90,7 @@ def compile_program(
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options
         ).devices
-        with mlir.make_ir_context(), ir.Location.unknown():
-            module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(program))
-            _drop_copies(module)
-            executable = compiler.backend_compile_and_load(
-                devices[0].client,
-                module,
-                _jax.DeviceList(tuple(devices)),
-                compiler.get_compile_options(
-                    num_replicas=len(devices),
-                    num_partitions=1,
-                    device_assignment=np.array([[d.id] for d in devices]),
-                    backend=devices[0].client,
-                ),
-                [],
-            )
+        executable = compile_on(devices, program)
     except jax.errors.JaxRuntimeError as error:
         return found | {"error": str(error)}
     memory = executable.get_compiled_memory_stats()
@@ -123,6 +105,31 @@ def compile_program(
         "written_flops": written["flops"],
         "collectives": collectives(compiled.to_string()),
     }
+
+
+def compile_on(devices: Sequence[Any], program: bytes) -> Any:
+    """Returns jax's executable of a program that each of its devices runs."""
+    import numpy as np
+    from jax._src import compiler
+    from jax._src.interpreters import mlir
+    from jax._src.lib import _jax
+    from jax._src.lib.mlir import ir
+
+    with mlir.make_ir_context(), ir.Location.unknown():
+        module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(program))
+        _drop_copies(module)
+        return compiler.backend_compile_and_load(
+            devices[0].client,
+            module,
+            _jax.DeviceList(tuple(devices)),
+            compiler.get_compile_options(
+                num_replicas=len(devices),
+                num_partitions=1,
+                device_assignment=np.array([[d.id] for d in devices]),
+                backend=devices[0].client,
+            ),
+            [],
+        )
 
 
 def _drop_copies(module: Any) -> None:

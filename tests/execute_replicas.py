@@ -16,10 +16,6 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import numpy as np
-from jax._src import compiler
-from jax._src.interpreters import mlir
-from jax._src.lib import _jax
-from jax._src.lib.mlir import ir
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import tpu_compiler
@@ -27,23 +23,8 @@ import tpu_compiler
 
 def main(folder):
     devices = jax.devices()
-    with mlir.make_ir_context(), ir.Location.unknown():
-        module = ir.Module.parse(
-            _jax.mlir.hlo_to_stablehlo((folder / "program").read_bytes())
-        )
-        tpu_compiler._drop_copies(module)
-        executable = compiler.backend_compile_and_load(
-            devices[0].client,
-            module,
-            _jax.DeviceList(tuple(devices)),
-            compiler.get_compile_options(
-                num_replicas=len(devices),
-                num_partitions=1,
-                device_assignment=np.array([[d.id] for d in devices]),
-                backend=devices[0].client,
-            ),
-            [],
-        )
+    program = (folder / "program").read_bytes()
+    executable = tpu_compiler.compile_on(devices, program)
     mesh = jax.sharding.Mesh(np.array(devices), ("replica",))
     arguments = []
     for name, axes in (("split", ["replica"]), ("same", [])):
