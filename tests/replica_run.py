@@ -27,7 +27,7 @@ _BATCH_SIZE = 16
 _STEPS = 3
 
 
-def small_encoder(architecture):
+def small_encoder(architecture, **_):
     """Two convolutions: a ResNet's layers, a quarter of its tracing time."""
     images = keras.Input((None, None, architecture.channels))
     x = images

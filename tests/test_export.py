@@ -191,7 +191,7 @@ def test_a_saved_model_can_be_trained(exported):
 def test_activations_with_gradients_of_their_own_can_be_trained(
     tmp_path, monkeypatch
 ):
-    def build(fields):
+    def build(fields, **_):
         encoder = small_encoder(fields)
         x = keras.layers.Activation("silu")(encoder.layers[-2].output)
         return keras.Model(
