@@ -28,6 +28,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 import data
 import data_util
 import experiment
+import methods
 import tpu_compiler
 import trainer
 from tpu_slices import Chip, Slice
@@ -435,8 +436,8 @@ def _advice(settings: experiment.Settings) -> Iterator[str]:
     """Yields what would make the step need less memory."""
     if not settings.mixed_precision:
         yield "--mixed_precision: activations of half the size"
-    again = settings.encoder == "resnet" and settings.objective != "wpc"
-    if again and not settings.remat:
+    is_twice = methods.METHODS[settings.objective].has_gradient_penalty
+    if settings.encoder == "resnet" and not (settings.remat or is_twice):
         yield "--remat: blocks are computed again for gradients"
     if settings.train_mode == "pretrain":
         more = 2 * settings.accumulate_steps

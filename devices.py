@@ -45,6 +45,7 @@ def choose_strategy(
     tpu_named: bool = False,
     num_gpus: int,
     cpu_replicas: int = 1,
+    must_exist: bool = True,
 ) -> str:
     """Returns the strategy, of `STRATEGIES`, for what is there.
 
@@ -56,6 +57,7 @@ def choose_strategy(
             `wanted`.
         num_gpus: of this machine.
         cpu_replicas: logical devices to split the CPU into.
+        must_exist: whether to look for what is wanted.
 
     Raises:
         ValueError: if what is wanted is not there.
@@ -65,6 +67,8 @@ def choose_strategy(
         wanted = "auto"
     if use_tpu or (use_tpu is None and tpu_named):
         return "tpu"
+    if wanted != "auto" and not must_exist:
+        return wanted
     if wanted == "multi_worker" and not workers:
         raise ValueError(
             "--strategy=multi_worker needs the environment variable TF_CONFIG, "
@@ -140,9 +144,10 @@ def num_replicas(name: str, cpu_replicas: int = 1) -> int | None:
     if name == "one_device":
         return 1
     here = len(tf.config.list_physical_devices("GPU"))
+    count = here or cpu_replicas
     if name == "multi_worker":
-        return num_workers() * max(here, 1)
-    return here or cpu_replicas
+        count = num_workers() * max(here, 1)
+    return count if count > 1 else None  # where they are, there will be several
 
 
 def host_only() -> tf.distribute.Strategy:

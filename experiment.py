@@ -103,14 +103,13 @@ class Run:
             settings.strategy, settings.use_tpu = "tpu", True
             return
         gpus = tf.config.list_physical_devices("GPU")
-        if settings.dry_run and settings.strategy != "auto":
-            return  # which need not be there
         settings.strategy = devices.choose_strategy(
             settings.strategy,
             use_tpu=settings.use_tpu,
             tpu_named=bool(settings.master or settings.tpu_name),
             num_gpus=len(gpus),
             cpu_replicas=settings.cpu_replicas,
+            must_exist=not settings.dry_run,
         )
         settings.use_tpu = settings.strategy == "tpu"
         if settings.use_tpu and settings.cpu_replicas > 1:
@@ -118,7 +117,7 @@ class Run:
         several = settings.strategy == "multi_worker"
         trains = settings.mode in ("train", "train_then_eval", "selftest")
         sweeps = settings.sweep_learning_rate or settings.sweep_train_epochs
-        if several and (sweeps or not (trains or settings.dry_run)):
+        if several and (sweeps or not trains):
             raise ValueError(
                 "Several machines train; "
                 f"{'a sweep' if sweeps else f'--mode={settings.mode}'} is of "
@@ -184,6 +183,7 @@ class Run:
     def networks(self) -> model.Networks:
         """With fresh weights, made in the strategy's scope."""
         settings = self.settings
+        method = methods.METHODS[settings.objective]
 
         def build() -> model.Networks:
             # Whatever was built before, as in a sweep.
@@ -191,7 +191,7 @@ class Run:
             return model.build_networks(
                 self.architecture,
                 remat=settings.remat,
-                differentiable_twice=settings.objective == "wpc",
+                differentiable_twice=method.has_gradient_penalty,
             )
 
         with self.strategy.scope():

@@ -64,6 +64,11 @@ class Method:
         """Whether the loss takes a trained temperature and bias."""
         return self.multi_view and "temperature" in self.arguments
 
+    @property
+    def has_gradient_penalty(self) -> bool:
+        """Whether the loss has gradients in it."""
+        return "gradient_penalty_weight" in self.defaults
+
     def values(self, *, target_network: bool) -> Values:
         """Returns the flags' values with or without a target network."""
         more = {} if target_network else self.without_target

@@ -96,10 +96,8 @@ def _devices(settings: experiment.Settings) -> tuple[str, int | None]:
         return f"{slice_.name}, {count} replicas", count
     count = devices.num_replicas(settings.strategy, settings.cpu_replicas)
     known = "as many cores as there are"
-    if count and (count > 1 or settings.strategy == "one_device"):
+    if count:
         known = "1 replica" if count == 1 else f"{count} replicas"
-    else:
-        count = None
     return f"{settings.strategy}, {known}", count
 
 

@@ -1194,10 +1194,12 @@ def _check(settings: Settings) -> None:
             f"--fine_tune_after_block={settings.fine_tune_after_block}."
         )
     _check_inputs(settings)
-    if settings.remat and settings.objective == "wpc":
+    method = methods.METHODS[settings.objective]
+    if settings.remat and method.has_gradient_penalty:
         raise ValueError(
-            "--remat is not for --objective=wpc, whose loss has gradients in "
-            "it: TensorFlow computes nothing again for gradients of gradients."
+            f"--remat is not for --objective={settings.objective}, whose loss "
+            "has gradients in it: TensorFlow computes nothing again for "
+            "gradients of gradients."
         )
     if settings.use_siglip and settings.objective != "siglip":
         raise ValueError("--use_siglip is a loss of --objective=relic.")

@@ -70,6 +70,7 @@ _MAY_IMPORT = {
         "data",
         "data_util",
         "experiment",
+        "methods",
         "tpu_compiler",
         "tpu_slices",
         "trainer",
