@@ -11,17 +11,15 @@ import sys
 import types
 
 import numpy as np
+import program
 import pytest
 import tensorflow as tf
-from absl import flags
-from absl.testing import flagsaver
 
 import check_tpu
 import data
 import data_util
 import experiment
 import methods
-import run
 import sources
 import tpu_compiler
 import tpu_slices
@@ -38,17 +36,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _flags():
-    with flagsaver.flagsaver():
-        yield
-
-
 def _run(arguments, tmp_path):
     """Returns the run of a command line, whose data is not here."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["run.py", *shlex.split(arguments), f"--data_dir={tmp_path}"])
-    return run.Run(*run.resolve_flags())
+    words = [*shlex.split(arguments), f"--data_dir={tmp_path}"]
+    return experiment.Run(*program.resolve(*words))
 
 
 def _check(arguments, tmp_path):

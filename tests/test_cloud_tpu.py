@@ -10,13 +10,11 @@ import json
 import threading
 
 import oauth2client
+import program
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import cloud_tpu
 import devices
-import run
 
 _PROJECT, _ZONE, _NAME = "my-project", "us-central2-b", "my-tpu"
 _PATH = f"/v1/projects/{_PROJECT}/locations/{_ZONE}/nodes/{_NAME}"
@@ -230,27 +228,20 @@ def test_each_obstacle_is_one_line(
         devices, "_tpu_strategy", lambda *_: pytest.fail("it connected")
     )
     api.answers = [answer]
-    with flagsaver.flagsaver():
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS(
-            [
-                "run.py",
-                "--dataset=photo_patches",
-                f"--tpu_name={_NAME}",
-                f"--tpu_zone={_ZONE}",
-                f"--gcp_project={_PROJECT}",
-                "--tpu_wait_minutes=0",
-                f"--model_dir={tmp_path}",
-            ]
-        )
-        with pytest.raises(SystemExit) as exit_:
-            run.main(["run.py"])
+    code = program.main(
+        "--dataset=photo_patches",
+        f"--tpu_name={_NAME}",
+        f"--tpu_zone={_ZONE}",
+        f"--gcp_project={_PROJECT}",
+        "--tpu_wait_minutes=0",
+        f"--model_dir={tmp_path}",
+    )
     error = capsys.readouterr().err.strip()
     assert line in error
     if answer.get("state") in ("PREEMPTED", "TERMINATED"):
         # A loop may make it again, and start this again.
-        assert exit_.value.code == 75
+        assert code == 75
         return
-    assert exit_.value.code == 2
+    assert code == 2
     assert error.startswith("Error: ")
     assert "\n" not in error

@@ -6,14 +6,12 @@ import json
 import shutil
 
 import numpy as np
+import program
 import pytest
 import tensorflow as tf
-from absl import flags
-from absl.testing import flagsaver
 
 import experiment
 import probe
-import run
 import trainer
 
 _SMALL = [
@@ -23,37 +21,19 @@ _SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _flags():
-    with flagsaver.flagsaver():
-        yield
-
-
-def _main(*words):
-    """Runs the program; returns its exit code."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["run.py", *words])
-    try:
-        run.main(["run.py"])
-    except SystemExit as error:
-        return error.code
-    return 0
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pretrained") / "run"
-    with flagsaver.flagsaver():
-        code = _main(
-            f"--model_dir={directory}",
-            *_SMALL,
-            "--resnet_depth=10",
-            "--width_multiplier=0.125",
-            "--image_size=16",
-            "--objective=simclr",
-            "--proj_out_dim=16",
-            "--train_steps=2",
-        )
+    code = program.main(
+        f"--model_dir={directory}",
+        *_SMALL,
+        "--resnet_depth=10",
+        "--width_multiplier=0.125",
+        "--image_size=16",
+        "--objective=simclr",
+        "--proj_out_dim=16",
+        "--train_steps=2",
+    )
     assert code == 0
     return directory
 
@@ -62,15 +42,14 @@ def pretrained(tmp_path_factory):
 def linear(pretrained, tmp_path_factory):
     """The seed programs' way: the train worker on a root of its own."""
     directory = tmp_path_factory.mktemp("linear") / "root"
-    with flagsaver.flagsaver():
-        code = _main(
-            "--mode=train",
-            "--preset=linear_eval_deepmind",
-            f"--checkpoint={pretrained}",
-            f"--model_dir={directory}",
-            *_SMALL,
-            "--train_steps=3",
-        )
+    code = program.main(
+        "--mode=train",
+        "--preset=linear_eval_deepmind",
+        f"--checkpoint={pretrained}",
+        f"--model_dir={directory}",
+        *_SMALL,
+        "--train_steps=3",
+    )
     assert code == 0
     return directory
 
@@ -99,7 +78,7 @@ def test_linear_evaluation_moves_nothing_of_the_encoder(pretrained, linear):
 
 
 def test_a_second_worker_evaluates_on_the_same_root(linear):
-    assert _main("--mode=eval", f"--model_dir={linear}") == 0
+    assert program.main("--mode=eval", f"--model_dir={linear}") == 0
     result = json.loads((linear / "result_3.json").read_text())
     assert result["train_mode"] == "finetune"
     assert result["num_examples"] == 2000
@@ -115,7 +94,7 @@ def test_checkpoints_are_saved_on_a_time_interval(
         return now[0]
 
     monkeypatch.setattr(trainer.time, "monotonic", monotonic)
-    code = _main(
+    code = program.main(
         "--preset=linear_eval_deepmind",
         f"--checkpoint={pretrained}",
         f"--model_dir={tmp_path}",
@@ -152,7 +131,7 @@ def test_a_sweep_is_decided_on_held_out_training_images(
         *_SMALL,
         "--train_steps=12",
     ]
-    assert _main(*words) == 0
+    assert program.main(*words) == 0
     *trials, final = seen
     for train, held_out in trials:
         assert (train.num_examples, held_out.num_examples) == (9000, 1000)
@@ -172,7 +151,7 @@ def test_a_sweep_is_decided_on_held_out_training_images(
     monkeypatch.setattr(
         trainer.CompiledLoop, "__call__", lambda *_: pytest.fail("trained")
     )
-    assert _main(*words) == 0
+    assert program.main(*words) == 0
     assert (tmp_path / "result.json").read_text() == result
 
 
@@ -184,7 +163,7 @@ def test_a_rate_that_diverges_is_not_chosen(pretrained, tmp_path, monkeypatch):
         checkpoints.save(config.train_steps)
 
     monkeypatch.setattr(trainer, "train", train)
-    code = _main(
+    code = program.main(
         "--preset=linear_eval_byol",
         "--sweep_learning_rate=1e6,0.1",
         f"--checkpoint={pretrained}",
@@ -210,7 +189,7 @@ def test_probe_prints_a_table_and_writes_all_numbers(
         "--probe_seeds=2",
         "--eval_split=test[:100]",
     ]
-    assert _main(*words) == 0
+    assert program.main(*words) == 0
     table = capsys.readouterr().out
     record = json.loads((tmp_path / "probe.json").read_text())
     names = [scores["name"] for scores in record["scores"]]
@@ -238,7 +217,7 @@ def test_probe_keeps_no_features_if_told_so(pretrained, monkeypatch):
         "--feature_cache=none": None,
         f"--checkpoint={pretrained}": f"{pretrained}/features",
     }.items():
-        _main(*words, flag)
+        program.main(*words, flag)
         assert given["cache"] == expected
 
 
@@ -256,7 +235,7 @@ def folder(tmp_path):
 
 
 def test_embed_writes_the_features_of_a_folder(pretrained, folder, tmp_path):
-    code = _main(
+    code = program.main(
         "--mode=embed",
         f"--checkpoint={pretrained}",
         f"--input={folder}",
@@ -273,7 +252,7 @@ def test_embed_writes_the_features_of_a_folder(pretrained, folder, tmp_path):
 def test_predict_names_the_classes_of_the_head(
     pretrained, linear, folder, tmp_path, capsys
 ):
-    code = _main(
+    code = program.main(
         "--mode=predict",
         f"--checkpoint={linear}",
         f"--input={folder}",
@@ -290,7 +269,7 @@ def test_predict_names_the_classes_of_the_head(
         assert {row[2], row[4]} <= set(classes)
         assert 1 >= float(row[3]) >= float(row[5]) > 0
     # The same as the classifier's accuracy says.
-    code = _main(
+    code = program.main(
         "--mode=predict",
         f"--checkpoint={linear}",
         "--input=photo_patches",
@@ -298,7 +277,7 @@ def test_predict_names_the_classes_of_the_head(
         f"--output={tmp_path}/p.npz",
     )
     assert code == 0
-    _main("--mode=eval", f"--model_dir={linear}")
+    program.main("--mode=eval", f"--model_dir={linear}")
     result = json.loads((linear / "result.json").read_text())
     with np.load(tmp_path / "p.npz") as found:
         top_1 = np.mean(found["class"][:, 0] == found["label"])
@@ -317,7 +296,7 @@ def test_predict_names_the_classes_of_the_head(
     ],
 )
 def test_bad_input_is_one_line(pretrained, words, message, capsys):
-    assert _main(f"--checkpoint={pretrained}", *words.split()) == 2
+    assert program.main(f"--checkpoint={pretrained}", *words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: ")
     assert message in error
@@ -330,7 +309,7 @@ def test_without_a_classifier_there_is_no_prediction(
     record = json.loads((pretrained / "run.json").read_text())
     record["architecture"]["num_classes"] = 0
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    code = _main(
+    code = program.main(
         "--mode=predict",
         f"--checkpoint={tmp_path}/run",
         "--input=photo_patches",

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretraining learns: features that beat those of a random encoder."""
 
+import program
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import checkpoint
 import data
 import methods
 import model
 import probe
-import run
 
 
 def _cifar10(split):
@@ -22,24 +20,19 @@ def _cifar10(split):
 
 def _gain(directory, dataset, train_data, test_data, *words):
     """Pretrains; returns linear top-1 of a random encoder and the trained."""
-    with flagsaver.flagsaver():
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS(
-            [
-                "run.py",
-                f"--dataset={dataset}",
-                f"--model_dir={directory}",
-                "--resnet_depth=10",
-                "--color_jitter_strength=0.5",
-                "--use_blur=false",
-                "--optimizer=adam",
-                "--learning_rate_scaling=none",
-                "--learning_rate=0.002",
-                "--train_summary_steps=0",
-                *words,
-            ]
-        )
-        run.main(["run.py"])
+    code = program.main(
+        f"--dataset={dataset}",
+        f"--model_dir={directory}",
+        "--resnet_depth=10",
+        "--color_jitter_strength=0.5",
+        "--use_blur=false",
+        "--optimizer=adam",
+        "--learning_rate_scaling=none",
+        "--learning_rate=0.002",
+        "--train_summary_steps=0",
+        *words,
+    )
+    assert code == 0
     architecture = checkpoint.read_run(str(directory))["architecture"]
     random = model.build_networks(model.Architecture(**architecture))
     results = probe.measure(

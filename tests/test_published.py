@@ -9,17 +9,16 @@ import shutil
 
 import foreign
 import numpy as np
+import program
 import pytest
 import safetensors.numpy
 import tensorflow as tf
-from absl.testing import flagsaver
 from foreign import GOLDEN, Reduced, haiku_trees, map_tree, modules
 
 import checkpoint
 import model
 import published
 import resnet
-import run
 
 SIZES = ("224", "97x65", "32")
 TINY_TORCH = {
@@ -794,15 +793,13 @@ def test_other_files_are_refused(tmp_path):
             checkpoint.load_encoder(str(path))
 
 
-@flagsaver.flagsaver
 def test_flags_follow_the_file():
     path = str(GOLDEN / "tiny_pretrain.pkl")
-    run.FLAGS.unparse_flags()
-    run.FLAGS(
-        ["run.py", "--train_mode=finetune", f"--checkpoint={path}",
-         "--width_multiplier=1.5"]
-    )  # fmt: skip
-    settings, sources = run.resolve_flags()
+    settings, sources = program.resolve(
+        "--train_mode=finetune",
+        f"--checkpoint={path}",
+        "--width_multiplier=1.5",
+    )
     assert settings.resnet_depth == 10
     assert settings.padding == "same"
     assert settings.normalize == "imagenet"

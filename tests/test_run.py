@@ -10,10 +10,10 @@ import shlex
 import subprocess
 
 import numpy as np
+import program
 import pytest
 import tensorflow as tf
 from absl import flags
-from absl.testing import flagsaver
 from replica_run import architecture
 
 import checkpoint
@@ -133,20 +133,12 @@ def _own_script(name, **environment):
     return output.splitlines()
 
 
-@pytest.fixture(autouse=True)
-def _flags():
-    with flagsaver.flagsaver():
-        yield
-
-
 def _parse(command):
     """Returns the settings and their sources for a command line."""
     words = shlex.split(command)
-    flags.FLAGS.unparse_flags()
-    rest = flags.FLAGS(words[words.index("run.py") :] if "run.py" in words
-                       else ["run.py", *words])  # fmt: skip
-    assert rest == ["run.py"]
-    return run.resolve_flags()
+    if "run.py" in words:
+        words = words[words.index("run.py") + 1 :]
+    return program.resolve(*words)
 
 
 @pytest.mark.parametrize(
@@ -524,14 +516,10 @@ def test_bad_input_is_one_error_before_any_compute(
     monkeypatch.setattr(
         trainer, "train", lambda *_: pytest.fail("training started")
     )
-    flags.FLAGS.unparse_flags()
     small = ["--resnet_depth=10", "--width_multiplier=0.125"]
     if "--model_dir" not in words:
         small.append(f"--model_dir={tmp_path}")
-    flags.FLAGS(["run.py", *small, *words.split()])
-    with pytest.raises(SystemExit) as exit_:
-        run.main(["run.py"])
-    assert exit_.value.code == 2
+    assert program.main(*small, *words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: ")
     assert message in error
@@ -548,11 +536,7 @@ def test_an_export_says_what_it_did_and_what_not(tmp_path, capsys):
         f"--mode=export --checkpoint={path} --export_dir={tmp_path / 'out'} "
         "--format=safetensors,torchvision --seed=1"
     )
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["run.py", *command.split()])
-    with pytest.raises(SystemExit) as exit_:
-        run.main(["run.py"])
-    assert exit_.value.code == 2
+    assert program.main(*command.split()) == 2
     output = capsys.readouterr()
     assert "networks.safetensors: largest difference 0.0e+00" in output.out
     assert "torchvision  not written: " in output.out
@@ -568,7 +552,7 @@ def test_an_export_says_what_it_did_and_what_not(tmp_path, capsys):
 )  # fmt: skip
 def test_malformed_flags_are_refused(word):
     with pytest.raises(flags.Error, match=word.split("=")[0].strip("-")):
-        flags.FLAGS(["run.py", word])
+        program.resolve(word)
 
 
 def test_a_tpu_starts_from_the_weights_of_a_cpu(tmp_path, monkeypatch):

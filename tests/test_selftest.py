@@ -2,11 +2,9 @@
 """The self-test sees what goes wrong on several devices."""
 
 import numpy as np
+import program
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-import run
 import selftest
 
 
@@ -68,21 +66,13 @@ def test_rounding_agrees():
 
 
 def _selftest(*words):
-    with flagsaver.flagsaver():
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS(
-            [
-                "run.py",
-                "--mode=selftest",
-                "--cpu_replicas=2",
-                "--resnet_depth=10",
-                "--width_multiplier=0.125",
-                *words,
-            ]
-        )
-        with pytest.raises(SystemExit) as exit_:
-            run.main(["run.py"])
-    return exit_.value.code
+    return program.main(
+        "--mode=selftest",
+        "--cpu_replicas=2",
+        "--resnet_depth=10",
+        "--width_multiplier=0.125",
+        *words,
+    )
 
 
 def test_two_devices_are_one(capfd):

@@ -12,11 +12,10 @@ import time
 
 import keras
 import numpy as np
+import program
 import pytest
 import replica_run
 import tensorflow as tf
-from absl import flags
-from absl.testing import flagsaver
 from tensorboard.backend.event_processing import (
     plugin_event_accumulator as event_accumulator,
 )
@@ -208,28 +207,10 @@ def test_a_run_explains_itself(whole):
 # In this process, through `run.main`.
 
 
-@pytest.fixture(autouse=True)
-def _flags():
-    with flagsaver.flagsaver():
-        yield
-
-
-def _main(*words):
-    """Runs the program; returns its exit code."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["run.py", *words])
-    try:
-        run.main(["run.py"])
-    except SystemExit as error:
-        return error.code
-    return 0
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pretrained") / "run"
-    with flagsaver.flagsaver():
-        code = _main(f"--model_dir={directory}", *_SMALL, "--train_steps=3")
+    code = program.main(f"--model_dir={directory}", *_SMALL, "--train_steps=3")
     assert code == 0
     return directory
 
@@ -238,7 +219,7 @@ def pretrained(tmp_path_factory):
 def test_fine_tuning_moves_nothing_that_is_frozen(
     pretrained, tmp_path, after_block
 ):
-    code = _main(
+    code = program.main(
         f"--model_dir={tmp_path}",
         f"--checkpoint={pretrained}",
         "--train_mode=finetune",
@@ -264,7 +245,7 @@ def test_fine_tuning_moves_nothing_that_is_frozen(
 
 
 def test_the_head_can_sit_on_any_layer_of_the_projection(pretrained, tmp_path):
-    code = _main(
+    code = program.main(
         f"--model_dir={tmp_path}",
         f"--checkpoint={pretrained}",
         "--train_mode=finetune",
@@ -287,7 +268,7 @@ def test_the_head_can_sit_on_any_layer_of_the_projection(pretrained, tmp_path):
 
 
 def test_nan_stops_with_the_step(tmp_path, capsys):
-    code = _main(
+    code = program.main(
         f"--model_dir={tmp_path}",
         *_SMALL,
         "--checkpoint_steps=1",
@@ -311,20 +292,20 @@ def test_another_architecture_is_refused_with_the_differing_flag(
     pretrained, capsys
 ):
     words = [f"--model_dir={pretrained}", *_SMALL, "--train_steps=6"]
-    assert _main(*words, "--resnet_depth=18") == 2
+    assert program.main(*words, "--resnet_depth=18") == 2
     error = capsys.readouterr().err
     assert "resnet_depth: 10 there, 18 here" in error
 
 
 def test_a_finished_run_says_so(pretrained, caplog):
     words = [f"--model_dir={pretrained}", *_SMALL, "--train_steps=3"]
-    assert _main(*words) == 0
+    assert program.main(*words) == 0
     assert "Already trained: step 3 of 3" in caplog.text
 
 
 def test_bfloat16_trains(tmp_path):
     try:
-        code = _main(
+        code = program.main(
             f"--model_dir={tmp_path}",
             *_SMALL,
             "--mixed_precision",
@@ -345,7 +326,7 @@ def test_the_step_compiles_under_xla_and_computes_the_same(objective, tmp_path):
         directory = tmp_path / jit
         words = [*_SMALL, f"--jit_compile={jit}", "--train_steps=2"]
         words += [f"--objective={objective}", "--train_summary_steps=1"]
-        assert _main(f"--model_dir={directory}", *words) == 0
+        assert program.main(f"--model_dir={directory}", *words) == 0
         metrics.append(_scalars(directory)[0])
     for tag in ("train/loss", "train/probe_loss", "train/effective_rank"):
         np.testing.assert_allclose(
@@ -365,7 +346,7 @@ def test_the_step_compiles_under_xla_and_computes_the_same(objective, tmp_path):
 def test_the_other_kinds_of_step_train(words, tmp_path):
     words = [*_SMALL, *words.split(), "--train_steps=2"]
     words.append("--train_summary_steps=1")
-    assert _main(f"--model_dir={tmp_path}", *words) == 0
+    assert program.main(f"--model_dir={tmp_path}", *words) == 0
     scalars, _ = _scalars(tmp_path)
     if "--use_siglip" in words:
         # Both are trained, from relic-pytorch's and SigLIP's start.
@@ -384,7 +365,7 @@ def test_pretraining_from_a_checkpoint_starts_its_target_there(
 ):
     words = [*_SMALL, "--objective=byol", "--padding=fixed"]
     words += ["--proj_head_mode=nonlinear", "--proj_hidden_dim=16"]
-    code = _main(
+    code = program.main(
         f"--model_dir={tmp_path}",
         f"--checkpoint={pretrained}",
         *words,
@@ -497,17 +478,16 @@ def semppl(tmp_path_factory):
         calls = iter(range(1, 100))
         train(*arguments[:-1], lambda: next(calls) == 5)
 
-    with flagsaver.flagsaver():
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(trainer, "train", stopping)
-            patched.setattr(run._Signals, "received", signal.SIGTERM)
-            code = _main(f"--model_dir={folder / 'stopped'}", *words)
-            assert code == 128 + signal.SIGTERM
-            patched.undo()
-            # The choice is read back, not made again from all labels.
-            patched.setattr(labelled, "choose", None)
-            assert _main(f"--model_dir={folder / 'stopped'}", *words) == 0
-        assert _main(f"--model_dir={folder / 'whole'}", *words) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "train", stopping)
+        patched.setattr(run._Signals, "received", signal.SIGTERM)
+        code = program.main(f"--model_dir={folder / 'stopped'}", *words)
+        assert code == 128 + signal.SIGTERM
+        patched.undo()
+        # The choice is read back, not made again from all labels.
+        patched.setattr(labelled, "choose", None)
+        assert program.main(f"--model_dir={folder / 'stopped'}", *words) == 0
+    assert program.main(f"--model_dir={folder / 'whole'}", *words) == 0
     return folder / "stopped", folder / "whole"
 
 
@@ -516,7 +496,7 @@ def test_a_bucket_is_a_directory():
     directory = "ram://bucket/run"
     words = [*_SMALL, "--mode=train_then_eval", f"--model_dir={directory}"]
     for steps in (2, 4):
-        assert _main(*words, f"--train_steps={steps}") == 0
+        assert program.main(*words, f"--train_steps={steps}") == 0
     names = tf.io.gfile.listdir(directory)
     assert {"run.json", "report.html", "ckpt-2.index", "ckpt-4.index"} <= {
         *names
@@ -564,7 +544,7 @@ def test_resuming_restores_queue_target_and_draws(semppl):
 def test_the_target_can_be_fine_tuned_on_the_labelled_images(
     semppl, tmp_path, caplog
 ):
-    code = _main(
+    code = program.main(
         f"--model_dir={tmp_path}",
         f"--checkpoint={semppl[1]}",
         "--train_mode=finetune",
@@ -589,7 +569,7 @@ def test_the_target_can_be_fine_tuned_on_the_labelled_images(
 
 
 def test_evaluation_needs_nothing_that_only_pretraining_uses(semppl):
-    assert _main(f"--model_dir={semppl[1]}", "--mode=eval") == 0
+    assert program.main(f"--model_dir={semppl[1]}", "--mode=eval") == 0
     result = json.loads((semppl[1] / "result.json").read_text())
     assert result["global_step"] == 8
     assert result["num_examples"] == 2000
