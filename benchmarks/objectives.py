@@ -103,17 +103,18 @@ def main() -> None:
         "|---" * (len(_COLUMNS) + 2) + "|",
         line("raw pixels", measure(None, splits, args.seed), 0.0),
     ]
-    encoder = None
+    families = set()
     for row in args.rows:
         folder = pathlib.Path(args.out) / args.dataset / row.replace(", ", "-")
         start = time.monotonic()
         pretrain(row, folder, args, more)
         minutes = (time.monotonic() - start) / 60
-        if encoder is None:
-            encoder = untrained(folder, args.seed)
-            lines.append(
-                line("random encoder", measure(encoder, splits, args.seed), 0.0)
-            )
+        family = "SimCLR" if row in _OF_SIMCLR_FAMILY else "BYOL"
+        if family not in families:
+            # Their encoders start differently.
+            families.add(family)
+            random = measure(untrained(folder, args.seed), splits, args.seed)
+            lines.append(line(f"random encoder, {family}'s", random, 0.0))
         trained = checkpoint.load_encoder(str(folder))
         lines.append(line(row, measure(trained, splits, args.seed), minutes))
         print(lines[-1], flush=True)
