@@ -137,6 +137,12 @@ class Augmentation:
                     f"`{name}` must hold 0 < smallest <= largest <= {limit}. "
                     f"Received: {(low, high)}"
                 )
+        if self.crop_area[1] < self.crop_min_covered:
+            raise ValueError(
+                f"`crop_area` must reach {self.crop_min_covered} "
+                "(`crop_min_covered`), below which crops are drawn again. "
+                f"Received: {self.crop_area}"
+            )
 
 
 def simclr_augmentation(

@@ -317,18 +317,28 @@ class Run:
         if settings.stem is None:
             settings.stem = "cifar" if is_small else "imagenet"
         if is_small and settings.train_mode == "pretrain":
-            method = methods.METHODS[settings.objective]
-            kept = () if settings.target_network else method.without_target
-            for name, value in method.small_images.items():
-                own = self._sources[name] in (settings.objective, "default")
-                if own and name not in kept:
-                    setattr(settings, name, value)
-                    self._sources[name] = f"{settings.objective}, small images"
+            self._settle_small_images()
         if settings.small_image_size is None:
             # ReLICv2's 96 of 224; of a small image that would be little.
             share = 1 / 2 if is_small else 96 / 224
             settings.small_image_size = int(settings.image_size * share)
         self._settle_queue()
+
+    def _settle_small_images(self) -> None:
+        """Takes the method's values for them, where no others are asked for."""
+        settings = self.settings
+        method = methods.METHODS[settings.objective]
+        unasked = (settings.objective, "default")
+        kept: set[str] = set()
+        if not settings.target_network:
+            kept.update(method.without_target)
+        # An augmentation that is asked for is taken as it is.
+        if settings.sym_aug or self._sources["augmentation"] not in unasked:
+            kept.update(AUGMENTATION_OVERRIDES)
+        for name, value in method.small_images.items():
+            if self._sources[name] in unasked and name not in kept:
+                setattr(settings, name, value)
+                self._sources[name] = f"{settings.objective}, small images"
 
     def _settle_queue(self) -> None:
         """Makes the queue as long as it is to be for the batch."""
@@ -609,7 +619,8 @@ def make_views(settings: Settings) -> tuple[data_util.Augmentation, ...]:
         "mask_fill": settings.mask_fill,
     } | overrides
     small = overrides | {
-        "crop_area": tuple(float(x) for x in settings.small_crop_area)
+        "crop_area": tuple(float(x) for x in settings.small_crop_area),
+        "crop_min_covered": 0.0,
     }
     return (
         *(

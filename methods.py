@@ -139,12 +139,12 @@ _RELICV2 = {
     "kl_small": "transpose",
     "mask_probability": 0.1,
 }
-# 16 pixels of (0.05, 0.14) of a 32-pixel image would show 7 x 7 of them. Of the
+# Small views: (0.05, 0.14) of a 32-pixel image is 7 to 12 pixels wide. Of the
 # weights, see the README's results: with those of large images, pseudo-labels
 # are wrong for long, and count for little.
 _RELICV2_SMALL = {
     **_BYOL_FAMILY_SMALL,
-    "small_crop_area": (0.05, 0.4),
+    "small_crop_area": (0.1, 0.4),
     "invariance_weight": 1.0,
 }
 

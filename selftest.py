@@ -205,7 +205,10 @@ def agreements(
             moved = value - one[f"variable|0|{name}"]
         sizes = kinds.setdefault((kind, int(step)), {})
         error = np.linalg.norm(several[key] - value)
-        sizes[name] = float(error), float(np.linalg.norm(moved))
+        size = np.linalg.norm(moved)
+        if value.dtype.kind in "biu":  # ids and labels: any error is infinite
+            error, size = (np.inf if error else 0.0), 0.0
+        sizes[name] = float(error), float(size)
     return [
         _agreement(kind, sizes, tolerances[step > 1])
         for (kind, step), sizes in sorted(kinds.items(), key=lambda x: x[0][1])
@@ -218,10 +221,12 @@ def _kind(group: str, step: int, name: str, last: int) -> str | None:
         return f"losses, step {step}"
     if group == "gradient":
         return "gradients, step 1"
-    if group == "variable" and step == 1 and "/moving_" in name:
-        return "BatchNorm statistics, step 1"
+    # What moves far apart is measured apart.
+    if group == "variable" and "/moving_" in name:
+        return f"BatchNorm statistics, step {step}" if step else None
     if group == "variable" and step == last:
-        return f"weights and statistics, step {step}"
+        what = "queue" if name.startswith("queue/") else "weights"
+        return f"{what}, step {step}"
     return None
 
 

@@ -99,9 +99,7 @@ def config(objective, optimizer):
             argument: values[flag]
             for argument, flag in method.arguments.items()
         },
-        # Its default is of a size that a first step without LARS explodes.
-        gradient_penalty_weight=values.get("gradient_penalty_weight", 0.0)
-        / 1000,
+        gradient_penalty_weight=values.get("gradient_penalty_weight", 0.0),
         views=(view, view, *small),
         num_large_views=2,
         target_decay=0.5,

@@ -277,10 +277,12 @@ def test_crop_boxes_have_the_distribution_of_tensorflows(reference, shape):
 
 def test_crop_is_the_whole_image_where_no_box_is_allowed():
     augmentation = data_util.Augmentation(
-        size=SIZE, crop_area=(0.1, 0.2), crop_min_covered=0.5
+        size=SIZE, crop_area=(0.9, 1), crop_aspect=(1, 1)
     )
     boxes = data_util.random_crop_boxes(_keys(3), 20, 30, augmentation)
     np.testing.assert_array_equal(boxes, [[0, 0, 20, 30]] * 3)
+    with pytest.raises(ValueError, match="must reach 0.1"):
+        data_util.Augmentation(size=SIZE, crop_area=(0.01, 0.09))
 
 
 def _statistics(x):

@@ -17,6 +17,7 @@ from absl import flags
 from replica_run import architecture
 
 import checkpoint
+import data_util
 import experiment
 import methods
 import model
@@ -286,11 +287,37 @@ def test_views_alternate_and_only_large_ones_lose_their_background():
     assert [view.size for view in views] == [32, 32, 32, 16, 16]
     assert [view.blur_probability for view in views] == [1, 0.1, 1, 0.1, 0.1]
     assert [v.mask_probability for v in views] == [0.1, 0.1, 0.1, 0, 0]
+    # As large as they are said to be; no crop is redrawn for being small.
+    boxes = data_util.random_crop_boxes(
+        data_util.example_keys(0, 0, tf.range(1000), 3), 375, 500, views[3]
+    )
+    areas = tf.reduce_prod(boxes[:, 2:], axis=1).numpy() / (375 * 500)
     assert views[3].crop_area == (0.05, 0.14)
+    np.testing.assert_allclose(np.quantile(areas, [0, 0.5, 1]),
+                               [0.05, 0.089, 0.14], atol=0.004)  # fmt: skip
     # Nothing to remove it by.
     settings, _ = _parse("run.py --objective=relicv2")
     for view in experiment.make_views(_sized(settings)):
         assert view.mask_probability == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "blur"),
+    [
+        ("--objective=relic", 0),
+        ("--objective=relic --blur_probability=0.3", 0.3),
+        # Another augmentation keeps what it is.
+        ("--preset=relic_pytorch_cifar10", 1),
+        ("--objective=byol --augmentation=simclr", 0.5),
+        ("--objective=byol --sym_aug", 0.5),
+    ],
+)
+def test_small_images_are_blurred_where_that_is_asked_for(words, blur):
+    settings, sources = _parse(f"run.py {words} --dataset=photo_patches")
+    settings = experiment.Run(settings, sources).settings
+    assert settings.image_size == 32
+    for view in experiment.make_views(settings):
+        assert view.blur_probability == blur
 
 
 def test_from_scratch_is_said_by_none():

@@ -22,6 +22,10 @@ def _trace():
         "variable|0|encoder/moving_mean": np.zeros(4),
         "variable|1|encoder/moving_mean": np.ones(4),
         "variable|5|encoder/moving_mean": np.full(4, 2.0),
+        "variable|0|queue/embeddings": np.zeros((4, 3)),
+        "variable|5|queue/embeddings": np.ones((4, 3)),
+        "variable|0|queue/ids": np.full(4, -1),
+        "variable|5|queue/ids": np.array([7, 50_000, 123, 9]),
     }
 
 
@@ -30,7 +34,7 @@ def _differing(changed):
     for key, change in changed.items():
         several[key] = change(several[key])
     found = selftest.agreements(one, several, tolerances=(0.01, 0.05))
-    assert len(found) == 5
+    assert len(found) == 7
     return [row.what for row in found if not row.holds]
 
 
@@ -51,8 +55,20 @@ def _differing(changed):
         (
             "variable|5|encoder/kernel",
             lambda x: x + 0.001,
-            "weights and statistics, step 5",
+            "weights, step 5",
         ),
+        (
+            "variable|5|encoder/moving_mean",
+            lambda x: 1.1 * x,
+            "BatchNorm statistics, step 5",
+        ),
+        (
+            "variable|5|queue/embeddings",
+            lambda x: 1.1 * x,
+            "queue, step 5",
+        ),
+        # No id is nearly right.
+        ("variable|5|queue/ids", lambda x: x + (x == 7), "queue, step 5"),
     ],
 )
 def test_what_differs_is_named(key, change, what):
@@ -60,7 +76,8 @@ def test_what_differs_is_named(key, change, what):
 
 
 def test_rounding_agrees():
-    assert not _differing({key: lambda x: x * (1 + 1e-6) for key in _trace()})
+    keys = [key for key in _trace() if not key.endswith("/ids")]
+    assert not _differing({key: lambda x: x * (1 + 1e-6) for key in keys})
     # A gradient that is nothing but rounding may be any.
     assert not _differing({"gradient|1|networks/bias": lambda x: -7 * x})
 
