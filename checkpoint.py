@@ -182,16 +182,13 @@ def checkpoint_step(path: str) -> int:
     return int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
-def restore_networks(path: str, **networks: keras.Model) -> str:
+def restore_networks(path: str, **networks: keras.Model) -> None:
     """Restores the named networks, and nothing else, from a checkpoint.
 
     Args:
         path: a run directory (its newest checkpoint), a file prefix, or an
             exported SavedModel.
         **networks: keras models by their name in the checkpoint.
-
-    Returns:
-        The prefix that was read.
 
     Raises:
         ValueError: if a variable of `networks` is missing in the file or has
@@ -213,7 +210,6 @@ def restore_networks(path: str, **networks: keras.Model) -> str:
     for name, network in networks.items():
         count = len(network.variables)
         logging.info("Loaded %d/%d tensors of %s.", count, count, name)
-    return prefix
 
 
 def write_run(directory: str, run: dict[str, Any]) -> None:
@@ -275,8 +271,12 @@ def load_encoder(
         networks = model.build_networks(foreign.architecture)
         foreign.assign_to(networks.encoder)
         return model.encoder_of_images(networks)
-    run = read_run(path) or {"architecture": {}}
-    fields = {**run["architecture"], **architecture}
+    run = read_run(path)
+    if run is None and not architecture:
+        raise ValueError(
+            f"There is no {_RUN_FILE} beside {latest_checkpoint(path)!r}."
+        )
+    fields = {**(run["architecture"] if run else {}), **architecture}
     networks = model.build_networks(
         model.Architecture(**fields).without_pretraining()
     )

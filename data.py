@@ -495,7 +495,7 @@ def eval_stream(
     *,
     batch_size: int,
     image_size: int | None = None,
-    crop_proportion: float = 0.875,
+    crop_proportion: float | None = None,
     num_replicas: int = 1,
     pipeline_index: int = 0,
     num_pipelines: int = 1,
@@ -529,7 +529,7 @@ def eval_stream(
 
     def crop(encoded: tf.Tensor, _: dict[str, tf.Tensor]) -> dict:
         image = data_util.decode_center_crop(
-            encoded, image_size or 0, crop_proportion, dataset.channels
+            encoded, image_size or 0, crop_proportion or 1.0, dataset.channels
         )
         return {"image": image}
 

@@ -243,6 +243,11 @@ class Run:
             # Reading all labels of a large dataset again would take minutes.
             return labelled.read(settings.model_dir)
         if not given:
+            if settings.objective == "semppl":
+                logging.info(
+                    "All labels are seen: no --labelled_fraction, "
+                    "--labels_per_class or --labelled_file was given."
+                )
             if not settings.labelled_batch_share:
                 return None
             ids = np.flatnonzero(labelled.labels_of(self.train_data) >= 0)
@@ -294,12 +299,23 @@ class Run:
                 f"{settings.train_split} has none."
             )
         if finetune and settings.train_on_labelled and settings.checkpoint:
-            ids = labelled.read(
-                checkpoint_lib.run_directory(settings.checkpoint)
-            )
-            dataset = data.subset(dataset, ids)
+            dataset = data.subset(dataset, self._ids_of_checkpoint())
             logging.info("%s", data.describe(dataset))
         return dataset
+
+    def _ids_of_checkpoint(self) -> np.ndarray:
+        """Returns ids of the images whose labels the pretraining saw."""
+        settings = self.settings
+        run = checkpoint_lib.read_run(settings.checkpoint) or {"flags": {}}
+        for name in ("dataset", "train_split"):
+            here = getattr(settings, name)
+            there = run["flags"].get(name, here)
+            if there != here:
+                raise ValueError(
+                    f"--train_on_labelled needs --{name}={there}, whose images "
+                    f"{settings.checkpoint} has chosen from. Received: {here}."
+                )
+        return labelled.read(checkpoint_lib.run_directory(settings.checkpoint))
 
     def _settle(self) -> None:
         """Takes what flags leave open from the data."""
@@ -432,7 +448,7 @@ class Run:
                 dataset,
                 batch_size=self._eval_batch_size,
                 image_size=settings.image_size,
-                crop_proportion=crop or 1.0,
+                crop_proportion=crop,
             )
         )
         if settings.eval_steps:
@@ -463,8 +479,8 @@ class Run:
         )
         return measured, predictions
 
-    def write(self, config: trainer.TrainConfig) -> None:
-        """Writes `run.json`, after a look at what is in the directory.
+    def record(self, config: trainer.TrainConfig) -> dict[str, Any]:
+        """Returns what `run.json` is to say.
 
         Raises:
             ValueError: if the directory holds a run of other networks.
@@ -489,12 +505,16 @@ class Run:
         now = json.loads(json.dumps(now))  # tuples become lists, as when read
         if before and tf.train.latest_checkpoint(settings.model_dir):
             _compare_runs(settings.model_dir, before, now)
+        return now
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes `run.json` and the ids of the labelled images."""
         if not self.is_chief:
             return
         # First the ids: where there is a `run.json`, they are there.
         if self.labelled_ids is not None:
-            labelled.write(settings.model_dir, self.labelled_ids)
-        checkpoint_lib.write_run(settings.model_dir, now)
+            labelled.write(self.settings.model_dir, self.labelled_ids)
+        checkpoint_lib.write_run(self.settings.model_dir, record)
 
 
 def _compare_runs(
@@ -514,8 +534,11 @@ def _compare_runs(
     old = dataclasses.asdict(model.Architecture(**before["architecture"]))
     before = before | {"architecture": json.loads(json.dumps(old))}
     networks = differing("architecture")
-    if before["flags"]["train_mode"] != now["flags"]["train_mode"]:
-        networks.append("train_mode")
+    # Where weights come from is no flag to change on the way.
+    for name in ("train_mode", "checkpoint"):
+        there, here = (part["flags"].get(name) for part in (before, now))
+        if os.path.normpath(there or "") != os.path.normpath(here or ""):
+            networks.append(f"{name}: {there} there, {here} here")
     if networks:
         raise ValueError(
             f"{directory} holds a run of other networks ({'; '.join(networks)})"
@@ -708,7 +731,9 @@ def make_train_config(
             argument: getattr(settings, flag)
             for argument, flag in method.arguments.items()
         },
-        "gradient_penalty_weight": settings.gradient_penalty_weight or 0.0,
+        "gradient_penalty_weight": settings.gradient_penalty_weight
+        if method.has_gradient_penalty
+        else 0.0,
         "views": make_views(settings),
         "copy_target_until": settings.update_gamma_after_step,
         "target_update_steps": settings.update_gamma_every_n_steps,

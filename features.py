@@ -102,7 +102,7 @@ def compute_outputs(
             dataset,
             batch_size=batch_size,
             image_size=image_size,
-            crop_proportion=crop_proportion or 1.0,
+            crop_proportion=crop_proportion,
             num_replicas=context.num_replicas_in_sync,
             pipeline_index=context.input_pipeline_id,
             num_pipelines=context.num_input_pipelines,

@@ -161,7 +161,6 @@ def classifier_head(
     input_dim: int,
     num_classes: int,
     zero_init: bool = False,
-    name: str = "classifier",
 ) -> keras.Model:
     """Returns one linear layer with bias.
 
@@ -170,20 +169,19 @@ def classifier_head(
         num_classes: number of logits.
         zero_init: whether the kernel starts at zero, as in linear evaluation,
             or from a normal distribution of standard deviation 0.01.
-        name: of the model, and the first part of its layer's name.
 
     Returns:
         A built model from features `[N, input_dim]` to float32 logits
         `[N, num_classes]`.
     """
-    features = keras.Input((input_dim,), name=f"{name}_features")
+    features = keras.Input((input_dim,), name="classifier_features")
     logits = keras.layers.Dense(
         num_classes,
         kernel_initializer="zeros" if zero_init else _normal(),
         dtype="float32",
-        name=f"{name}_dense",
+        name="classifier_dense",
     )(features)
-    return keras.Model(features, logits, name=name)
+    return keras.Model(features, logits, name="classifier")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -224,8 +224,8 @@ def gradient_penalty(*gradients: tf.Tensor) -> tf.Tensor:
     `add_gradients_penalty` of the RPC code evaluates it at the data.
 
     Args:
-        *gradients: float `[b, ...]` each, the gradients of `f(x_i, y_i)` with
-            respect to its inputs, here the two views of image i.
+        *gradients: float `[b, h, w, c]` each, the gradients of `f(x_i, y_i)`
+            with respect to its inputs, here the two views of image i.
 
     Returns:
         float32 scalar, the mean over rows.

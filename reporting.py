@@ -306,12 +306,6 @@ def write_json(directory: str, name: str, content: dict[str, Any]) -> None:
     tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
 
 
-def read_result(directory: str) -> dict[str, Any]:
-    """Returns the newest result that `write_result` wrote."""
-    with tf.io.gfile.GFile(os.path.join(directory, "result.json")) as file:
-        return json.load(file)
-
-
 def write_result(directory: str, result: dict[str, Any], step: int) -> None:
     """Writes `result.json`, `result_STEP.json` and TensorBoard's `eval` run."""
     for name in ("result.json", f"result_{step}.json"):

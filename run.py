@@ -30,11 +30,8 @@ os.environ.setdefault(
 
 # Steps of the self-test run in other processes; this one must not hold the TPU,
 # which TensorFlow takes as it is imported.
-os.environ.update(
-    {"TPU_LOAD_LIBRARY": "0"}
-    if "mode selftest" in " ".join(sys.argv).replace("=", " ")
-    else {}
-)
+if "mode selftest" in " ".join(sys.argv).replace("=", " "):
+    os.environ["TPU_LOAD_LIBRARY"] = "0"
 
 import keras
 import numpy as np
@@ -284,12 +281,13 @@ flags.DEFINE_enum(
     "lars_variant",
     "simclr",
     ["simclr", "deepmind"],
-    "Whether LARS applies the learning rate before or after momentum.",
+    "Whether LARS applies the learning rate before or after momentum. "
+    f"{_by_method('lars_variant')}.",
 )
 flags.DEFINE_float(
     "learning_rate",
     0.3,
-    "Peak learning rate before learning_rate_scaling.",
+    f"Peak, before learning_rate_scaling. {_by_method('learning_rate')}.",
     lower_bound=0,
 )
 flags.DEFINE_enum(
@@ -324,7 +322,8 @@ flags.DEFINE_float(
 flags.DEFINE_bool(
     "learnable_temperature",
     False,
-    "ReLIC: whether temperature and bias are trained, as in relic-pytorch.",
+    "ReLIC: whether temperature and bias are trained, as in relic-pytorch. "
+    f"{_by_method('learnable_temperature')}.",
 )
 flags.DEFINE_float(
     "max_inverse_temperature",
@@ -556,7 +555,8 @@ flags.DEFINE_enum(
     "fixed",
     resnet.PADDINGS,
     "Of strided convolutions and the max-pool: symmetric and SAME (fixed, "
-    "SimCLR's), TensorFlow's SAME (same, BYOL's), symmetric (torch).",
+    "SimCLR's), TensorFlow's SAME (same, BYOL's), symmetric (torch). "
+    f"{_by_method('padding')}.",
 )
 flags.DEFINE_enum(
     "shortcuts",
@@ -588,7 +588,10 @@ flags.DEFINE_bool(
     "that is inside of them: less memory, about one forward pass more.",
 )
 flags.DEFINE_bool(
-    "zero_init_residual", True, "Whether residual blocks start as identities."
+    "zero_init_residual",
+    True,
+    "Whether residual blocks start as identities. "
+    f"{_by_method('zero_init_residual')}.",
 )
 flags.DEFINE_bool(
     "global_bn", True, "Whether BatchNorm statistics cover all replicas."
@@ -608,7 +611,10 @@ flags.DEFINE_enum(
     f"{_by_method('proj_head_mode')}.",
 )
 flags.DEFINE_integer(
-    "proj_out_dim", 128, "Size of the projection.", lower_bound=1
+    "proj_out_dim",
+    128,
+    f"Size of the projection. {_by_method('proj_out_dim')}.",
+    lower_bound=1,
 )
 flags.DEFINE_list(
     "proj_hidden_dim",
@@ -901,7 +907,6 @@ _OF_SEMPPL = (
 )
 _OF_FINETUNING = (
     "fine_tune_after_block",
-    "zero_init_logits_layer",
     "train_on_labelled",
     "sweep_learning_rate",
     "sweep_train_epochs",
@@ -1113,16 +1118,14 @@ def resolve_flags() -> tuple[Settings, dict[str, str]]:
 
 def _tidy(settings: Settings, sources: dict[str, str]) -> None:
     """Replaces what flags cannot say by what is meant."""
-    for name, meant in methods.METHODS[settings.objective].renamed.items():
-        if sources[name] == "command line" == sources[meant]:
-            raise ValueError(f"--{name} and --{meant} mean the same here.")
-        if sources[name] == "command line":
-            setattr(settings, meant, getattr(settings, name))
-            sources[meant] = f"--{name}"
+    _take_renamed(settings, sources)
     for name in ("proj_hidden_dim", "base_filters"):
         numbers = tuple(int(n) for n in getattr(settings, name))
         setattr(settings, name, numbers)
-    settings.target_decay = settings.target_decay or 0.0
+    if settings.train_mode == "finetune":
+        settings.accumulate_steps, settings.labelled_batch_share = 1, 0.0
+    else:
+        settings.sweep_learning_rate = settings.sweep_train_epochs = ()
     if settings.checkpoint == _FROM_SCRATCH:
         settings.checkpoint = None
     # A value given on the command line is not to be searched for.
@@ -1141,6 +1144,22 @@ def _tidy(settings: Settings, sources: dict[str, str]) -> None:
     if settings.mode in ("embed", "predict"):
         settings.dataset = settings.input
         settings.train_split = settings.input_split
+
+
+def _take_renamed(settings: Settings, sources: dict[str, str]) -> None:
+    """Gives flags that a method has another name for their values."""
+    for name, meant in methods.METHODS[settings.objective].renamed.items():
+        if sources[name] == "command line" == sources[meant]:
+            raise ValueError(f"--{name} and --{meant} mean the same here.")
+        if sources[name] == "command line":
+            setattr(settings, meant, getattr(settings, name))
+            sources[meant] = f"--{name}"
+    settings.target_decay = settings.target_decay or 0.0
+    if not 0 <= settings.target_decay <= 1:
+        raise ValueError(
+            "--target_decay, for ReLIC also --gamma, must be between 0 and 1. "
+            f"Received: {settings.target_decay}."
+        )
 
 
 def _inherited_values() -> dict[str, Any]:
@@ -1360,7 +1379,7 @@ def _idle(settings: Settings) -> dict[str, str]:
 def _of_method(method: methods.Method) -> set[str]:
     """Returns the flags that mean something for this method and not for all."""
     names = {*method.arguments.values(), *method.renamed}
-    if "gradient_penalty_weight" in method.defaults:
+    if method.has_gradient_penalty:
         names.add("gradient_penalty_weight")
     if method.multi_view:
         names.update(_OF_MULTI_VIEW)
@@ -1395,7 +1414,10 @@ def _train(run: Run) -> Callable[[], None]:
             critic_optimizer=optimizers.critic,
             **run.networks.models(),
         )
-    run.write(config)
+    record = run.record(config)
+    # Before anything is written over: this may find that they do not fit.
+    checkpoints.restore_latest()
+    run.write(record)
     if settings.checkpoint and not checkpoints.latest:
         checkpoint_lib.restore_pretrained(
             settings.checkpoint,
@@ -1491,10 +1513,9 @@ def _sweep(run: Run) -> Callable[[], None]:
         except trainer.TrainingDiverged as error:
             logging.warning("%s", error)
             return 0.0
-        directory = trial.settings.model_dir
-        newest = checkpoint_lib.latest_checkpoint(directory)
-        trial.evaluate(checkpoint_lib.checkpoint_step(newest))
-        return reporting.read_result(directory)["top_1_accuracy"]
+        newest = checkpoint_lib.latest_checkpoint(trial.settings.model_dir)
+        measured, _ = trial.evaluate(checkpoint_lib.checkpoint_step(newest))
+        return measured["top_1_accuracy"]
 
     def work() -> None:
         accuracies = {name: try_one(name) for name in trials}
@@ -1508,7 +1529,10 @@ def _sweep(run: Run) -> Callable[[], None]:
         run.choose("sweep", **trials[best])
         _train(run)()
 
-    prepare(next(iter(trials)))  # before any compute: it looks at everything
+    # Before any compute: this looks at everything.
+    if settings.mode == "train_then_eval":
+        _check_classes(run)
+    prepare(next(iter(trials)))
     return work
 
 
@@ -1530,7 +1554,10 @@ def _follow(run: Run) -> Callable[[], None]:
 
     def train_steps() -> int:
         # Read again each time: the run may have been prolonged.
-        return (checkpoint_lib.read_run(directory) or {})["train_steps"]
+        record = checkpoint_lib.read_run(directory)
+        if record is None:
+            raise ValueError(f"The run.json of {directory} is gone.")
+        return record["train_steps"]
 
     def work() -> None:
         for path in tf.train.checkpoints_iterator(
@@ -1539,7 +1566,9 @@ def _follow(run: Run) -> Callable[[], None]:
             try:
                 checkpoint_lib.restore_networks(path, **run.networks.models())
                 step = checkpoint_lib.checkpoint_step(path)
-            except tf.errors.NotFoundError:
+            except (tf.errors.NotFoundError, ValueError):
+                if tf.io.gfile.exists(f"{path}.index"):
+                    raise
                 logging.info("%s is gone already; waiting for the next.", path)
                 continue
             run.evaluate(step)
@@ -1550,7 +1579,7 @@ def _follow(run: Run) -> Callable[[], None]:
 
 
 def _check_classes(run: Run) -> None:
-    if not run.networks.classifier:
+    if not run.architecture.num_classes:
         raise ValueError(
             "There is no classifier to evaluate: the data has no labels, or "
             "--lineareval_while_pretraining=false."

@@ -118,7 +118,7 @@ def take_sample(
         data.subset(dataset, outputs.ids),
         batch_size=_BATCH_SIZE,
         image_size=image_size,
-        crop_proportion=crop_proportion or 1.0,
+        crop_proportion=crop_proportion,
     ):
         images = data_util.eval_images(
             batch["image"], image_size, crop_proportion=on_device

@@ -204,11 +204,11 @@ def agreements(
         if group == "variable":  # how far since the start
             moved = value - one[f"variable|0|{name}"]
         sizes = kinds.setdefault((kind, int(step)), {})
-        error = np.linalg.norm(several[key] - value)
-        size = np.linalg.norm(moved)
-        if value.dtype.kind in "biu":  # ids and labels: any error is infinite
-            error, size = (np.inf if error else 0.0), 0.0
-        sizes[name] = float(error), float(size)
+        error = float(np.linalg.norm(several[key] - value))
+        if value.dtype.kind in "biu":  # ids and labels: no error is small
+            sizes[name] = np.inf if error else 0.0, 0.0
+        else:
+            sizes[name] = error, float(np.linalg.norm(moved))
     return [
         _agreement(kind, sizes, tolerances[step > 1])
         for (kind, step), sizes in sorted(kinds.items(), key=lambda x: x[0][1])

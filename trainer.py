@@ -47,7 +47,7 @@ _NEGATIVES, _SEMANTIC_POSITIVES = 1 << 16, (1 << 16) + 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What a training loop needs to know, resolved: no zeros for "unset".
+    """What a training loop needs to know, in steps.
 
     Attributes:
         train_mode: "pretrain" or "finetune".
@@ -143,7 +143,7 @@ class HostsDisagree(ValueError):
 
 
 class Optimizers(NamedTuple):
-    """One optimizer for the networks, one for the linear classifier.
+    """One each for the networks, the linear classifier and the critic.
 
     The classifier has its own so that LARS's rules (decay and trust ratio by
     rank) need no exception by name: SimCLR trains its head without either. A
@@ -257,10 +257,11 @@ def _pretrain_step(
         batch: Batch, embedded: _Embedded, gather: objective.Gather
     ) -> tuple[tf.Tensor, Metrics]:
         """Returns what is minimised, and the metrics."""
-        online, target, features, loss = embedded
+        online, target, features, penalty = embedded
         metrics: Metrics = {}
         if config.gradient_penalty_weight:
-            metrics["gradient_penalty"] = loss / config.gradient_penalty_weight
+            unweighted = penalty / config.gradient_penalty_weight
+            metrics["gradient_penalty"] = unweighted
         more: dict[str, Any] = {}
         if networks.critic:
             more["bias"] = tf.identity(networks.critic.bias)
@@ -283,7 +284,7 @@ def _pretrain_step(
         metrics["contrastive_loss"] = _loss(
             config, online, target, batch=batch, gather=gather, **more
         )
-        loss += metrics["contrastive_loss"]
+        loss = penalty + metrics["contrastive_loss"]
         if config.optimizer != "lars":
             loss += _decay_loss(config, variables)
         metrics |= {"loss": loss} | objective.contrastive_metrics(
@@ -621,10 +622,15 @@ def _finetune_step(
     optimizers: Optimizers,
     make_views: ViewMaker,
 ) -> Step:
+    variables = _network_variables(config, networks)
+    classifier_variables = _classifier_variables(networks)
     groups = _groups(
-        (optimizers.networks, _network_variables(config, networks)),
-        (optimizers.classifier, _classifier_variables(networks)),
+        (optimizers.networks, variables),
+        (optimizers.classifier, classifier_variables),
     )
+    decayed = classifier_variables
+    if config.optimizer != "lars":  # which decays what it trains by itself
+        decayed = variables + classifier_variables
 
     def step(batch: Batch) -> Metrics:
         (images,) = make_views(batch)
@@ -634,13 +640,6 @@ def _finetune_step(
                 batch["label"],
                 _Gather(),
             )
-            decayed = [
-                variable
-                for optimizer, group in groups
-                # LARS decays what it trains by itself.
-                if not isinstance(optimizer, lars_optimizer.LARS)
-                for variable in group
-            ]
             loss = metrics["loss"] + _decay_loss(config, decayed)
             share = _replica_share(loss)
         gradients = tape.gradient(share, [group for _, group in groups])
@@ -866,7 +865,8 @@ def train(
         optimizers: of `build_optimizers`, made in the strategy's scope.
         make_stream: from the first step to a (distributed) dataset of batches.
         strategy: where the step runs.
-        checkpoints: of `networks` and `optimizers`.
+        checkpoints: of `networks` and `optimizers`; restored, and so is the
+            step to go on from.
         reporter: shows and records what happens.
         interrupted: tells whether to save and stop.
 
@@ -876,7 +876,7 @@ def train(
         Interrupted: if `interrupted()`, on any of the machines, after saving.
         HostsDisagree: if they do not find the same checkpoint.
     """
-    step = checkpoints.restore_latest()
+    step = int(checkpoints.step.numpy())
     hosts = _Hosts(strategy)
     steps = hosts.numbers(step)
     if len(set(steps)) > 1:
@@ -1026,8 +1026,11 @@ def evaluate(
 
     Returns:
         `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and
-        `num_examples`; and, int64 `[num_examples, 3]`, each image's id, its
-        label and the class that was predicted.
+        `num_examples`, those with a label; and, int64 `[num_examples, 3]`,
+        each one's id, its label and the class that was predicted.
+
+    Raises:
+        ValueError: if no image has a label.
     """
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
@@ -1038,15 +1041,17 @@ def evaluate(
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(
             tf.maximum(batch["label"], 0), logits
         )
+        # Padding, and what cannot be decoded, has weight 0.
+        is_labelled = tf.cast(batch["label"] >= 0, tf.float32)
+        weight = batch["weight"] * is_labelled
         columns = [
             _in_top(1, logits, batch["label"]),
             _in_top(5, logits, batch["label"]),
             loss,
             tf.ones_like(loss),
         ]
-        # Padding has weight 0.
-        totals = tf.linalg.matvec(tf.stack(columns), batch["weight"])
-        known_id = tf.where(batch["weight"] > 0, batch["id"], -1)
+        totals = tf.linalg.matvec(tf.stack(columns), weight)
+        known_id = tf.where(weight > 0, batch["id"], -1)
         rows = [known_id, batch["label"], tf.argmax(logits, -1)]
         return totals, tf.stack([tf.cast(x, tf.int64) for x in rows], 1)
 
@@ -1064,6 +1069,8 @@ def evaluate(
         totals += batch_totals.numpy()
         rows.append(batch_rows.numpy())
     top_1, top_5, loss, count = totals
+    if not count:
+        raise ValueError("There is no labelled image to evaluate on.")
     measured = {
         "top_1_accuracy": top_1 / count,
         "top_5_accuracy": top_5 / count,

@@ -129,6 +129,14 @@ def test_run_json_round_trip_and_absence(tmp_path):
     assert checkpoint.read_run(str(tmp_path / "a" / "pretrain.pkl")) is None
 
 
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(ValueError, match="No checkpoint at"):
+        checkpoint.load_encoder(str(tmp_path / "typo"))
+    _saved(tmp_path)
+    with pytest.raises(ValueError, match="no run.json beside"):
+        checkpoint.load_encoder(str(tmp_path))
+
+
 def test_a_run_of_an_older_version_may_go_on():
     now = json.loads(json.dumps(dataclasses.asdict(architecture("simclr"))))
     older = {

@@ -77,11 +77,37 @@ def test_linear_evaluation_moves_nothing_of_the_encoder(pretrained, linear):
     assert "chelsea" in record["class_names"]
 
 
-def test_a_second_worker_evaluates_on_the_same_root(linear):
+def test_a_second_worker_evaluates_on_the_same_root(linear, monkeypatch):
+    # The first that it sees is removed before it can be read.
+    seen = iter([str(linear / "ckpt-1"), str(linear / "ckpt-3")])
+    monkeypatch.setattr(tf.train, "checkpoints_iterator", lambda *_, **__: seen)
     assert program.main("--mode=eval", f"--model_dir={linear}") == 0
     result = json.loads((linear / "result_3.json").read_text())
     assert result["train_mode"] == "finetune"
     assert result["num_examples"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--checkpoint=none"], "checkpoint: "),
+        (["--optimizer=adam"], "is of another run"),
+    ],
+)
+def test_a_run_goes_on_as_it_began(linear, pretrained, words, message, capsys):
+    before = (linear / "run.json").read_bytes()
+    code = program.main(
+        "--mode=train",
+        "--preset=linear_eval_deepmind",
+        f"--checkpoint={pretrained}",
+        f"--model_dir={linear}",
+        *_SMALL,
+        "--train_steps=6",
+        *words,
+    )
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert (linear / "run.json").read_bytes() == before
 
 
 def test_checkpoints_are_saved_on_a_time_interval(
@@ -293,9 +319,20 @@ def test_predict_names_the_classes_of_the_head(
         ("--mode=predict --input=/nowhere", "/nowhere"),
         ("--mode=probe --label_budgets=1,many", "many"),
         ("--mode=probe --eval_split=nothing", "nothing"),
+        (
+            "--mode=train_then_eval --preset=linear_eval_byol "
+            "--dataset=photo_patches --eval_split=nothing",
+            "nothing",
+        ),
     ],
 )
-def test_bad_input_is_one_line(pretrained, words, message, capsys):
+def test_bad_input_is_one_line(
+    pretrained, words, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        trainer, "train", lambda *_: pytest.fail("training started")
+    )
     assert program.main(f"--checkpoint={pretrained}", *words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: ")

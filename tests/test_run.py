@@ -320,6 +320,25 @@ def test_small_images_are_blurred_where_that_is_asked_for(words, blur):
         assert view.blur_probability == blur
 
 
+def test_what_has_no_effect_is_said_and_has_none(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(run.logging, "warning", warnings.append)
+    words = "--dataset=photo_patches --objective=rpc --sweep_learning_rate=1,2"
+    settings, sources = _parse(f"{words} --gradient_penalty_weight=10")
+    assert sum("has no effect" in line for line in warnings) == 2
+    assert not settings.sweep_learning_rate
+    prepared = experiment.Run(settings, sources)
+    config = experiment.make_train_config(
+        prepared.settings, prepared.train_data, 1
+    )
+    assert config.gradient_penalty_weight == 0
+
+    words = "--dataset=photo_patches --train_mode=finetune --checkpoint=none"
+    settings, _ = _parse(f"{words} --accumulate_steps=3")
+    assert "--accumulate_steps has no effect" in warnings[-1]
+    assert settings.accumulate_steps == 1
+
+
 def test_from_scratch_is_said_by_none():
     settings, _ = _parse("run.py --train_mode=finetune --checkpoint=none")
     assert settings.checkpoint is None
@@ -509,6 +528,8 @@ def test_a_flag_of_another_objective_is_reported(monkeypatch):
             "--target_decay=0.8",
             "mean the same",
         ),
+        ("--dataset=photo_patches --objective=relic --gamma=2", "--gamma"),
+        ("--dataset=photo_patches --crop_area=0.01,0.05", "crop_area"),
         (
             "--dataset=photo_patches --objective=rpc --use_siglip",
             "--objective=relic",

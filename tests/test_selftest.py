@@ -97,7 +97,7 @@ def test_two_devices_are_one(capfd):
     out = capfd.readouterr().out
     assert "simclr, resnet 10, batch 8: MirroredStrategy of 2 replicas" in out
     assert "They are the same computation." in out
-    assert out.count("agree\n") == 5
+    assert out.count("agree\n") == 6
 
 
 @pytest.mark.slow

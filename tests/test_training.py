@@ -446,6 +446,31 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         assert error <= 1e-2 * np.linalg.norm(change) + 5e-9, path
 
 
+def test_images_without_a_label_are_not_counted(monkeypatch):
+    monkeypatch.setattr(model, "build_encoder", replica_run.small_encoder)
+    networks = model.build_networks(replica_run.architecture("simclr"))
+    dataset = replica_run.few_photo_patches()
+    source = dataset.source
+
+    def measure(labels):
+        changed = dataclasses.replace(
+            dataset, source=data.Arrays(source.images, labels)
+        )
+        stream = data.eval_stream(changed, batch_size=16)
+        strategy = tf.distribute.get_strategy()
+        return trainer.evaluate(networks, stream, 32, strategy, None)
+
+    _, all_rows = measure(source.labels)
+    is_odd = np.arange(40) % 2 == 1
+    measured, rows = measure(np.where(is_odd, source.labels, -1))
+    assert measured["num_examples"] == 20
+    np.testing.assert_array_equal(rows, all_rows[is_odd])
+    accuracy = np.mean(rows[:, 1] == rows[:, 2])
+    assert measured["top_1_accuracy"] == pytest.approx(accuracy)
+    with pytest.raises(ValueError, match="no labelled image"):
+        measure(np.full(40, -1))
+
+
 def test_every_objective_has_a_row_and_an_alias_points_to_one():
     assert set(methods.ALIASES.values()) <= set(methods.METHODS)
 
@@ -575,7 +600,20 @@ def test_evaluation_needs_nothing_that_only_pretraining_uses(semppl):
     assert result["num_examples"] == 2000
 
 
-def _loss(objective, **hyperparameters):
+def test_ids_are_of_one_split(semppl, tmp_path, capsys):
+    code = program.main(
+        f"--model_dir={tmp_path}",
+        f"--checkpoint={semppl[1]}",
+        "--train_mode=finetune",
+        "--train_on_labelled",
+        "--dataset=photo_patches",
+        "--train_split=train[50%:]",
+    )
+    assert code == 2
+    assert "needs --train_split=train" in capsys.readouterr().err
+
+
+def _loss(objective, *, has_positive=False, **hyperparameters):
     """The loss of a row, of two large views' embeddings."""
     config = replica_run.config(objective, "momentum")
     views = config.views[:2]
@@ -593,7 +631,7 @@ def _loss(objective, **hyperparameters):
     more = {}
     if objective == "semppl":  # nothing in the queue
         more["semantic_positives"] = tf.zeros([2, 16, 3, 8])
-        more["has_positive"] = tf.zeros([16], tf.bool)
+        more["has_positive"] = tf.fill([16], has_positive)
     return float(trainer._loss(config, online, target, batch=batch, **more))
 
 
@@ -611,4 +649,7 @@ def test_methods_meet_at_their_limits():
     relicv2 = _loss("relicv2")
     np.testing.assert_allclose(_loss("semppl"), relicv2, rtol=1e-6)
     off = {"semantic_weight": 0.0, "semantic_invariance": False}
-    np.testing.assert_allclose(_loss("semppl", **off), relicv2, rtol=1e-6)
+    np.testing.assert_allclose(
+        _loss("semppl", has_positive=True, **off), relicv2, rtol=1e-6
+    )
+    assert _loss("semppl", has_positive=True) != _loss("semppl")
