@@ -10,6 +10,7 @@ each method's own heads, views and weights. Prints a Markdown table.
 import argparse
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -104,8 +105,11 @@ def main() -> None:
         line("raw pixels", measure(None, splits, args.seed), 0.0),
     ]
     families = set()
+    length = f"{args.steps} steps" if args.steps else f"{args.epochs} epochs"
+    budget = f"{args.dataset} {args.train_split} {length} seed {args.seed}"
     for row in args.rows:
-        folder = pathlib.Path(args.out) / args.dataset / row.replace(", ", "-")
+        name = re.sub(r"\W+", "-", f"{row} {budget}")
+        folder = pathlib.Path(args.out) / name
         start = time.monotonic()
         pretrain(row, folder, args, more)
         minutes = (time.monotonic() - start) / 60

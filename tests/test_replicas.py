@@ -17,7 +17,7 @@ _TESTS = pathlib.Path(__file__).resolve().parent
 _CASES = [f"{name}:momentum" for name in methods.METHODS]
 _CASES_OF_FOUR = ["rpc:lars", "semppl:momentum"]
 _SLOW_CASES_OF_FOUR = [
-    f"{name}:momentum" for name in ("dv", "byol", "relic", "relicv2")
+    f"{name}:momentum" for name in ("dv", "byol", "relic", "siglip", "relicv2")
 ]
 
 

@@ -236,6 +236,117 @@ _RELIC_TRAIN = [
 ]
 
 
+# What the papers and their code say, written once more.
+_BYOL = {
+    "proj_hidden_dim": (4096,),
+    "proj_out_dim": 256,
+    "predictor": True,
+    "target_network": True,
+    "padding": "same",
+    "zero_init_residual": False,
+    "lars_variant": "deepmind",
+    "optimizer": "lars",
+    "learning_rate_scaling": "linear",
+    "learning_rate_schedule": "cosine",
+    "warmup_epochs": 10,
+    "augmentation": "byol",
+}
+_RELICV2 = {
+    **_BYOL,
+    "num_large_views": 4,
+    "num_small_views": 2,
+    "temperature": 0.2,
+    "contrast_weight": 0.3,
+    "invariance_weight": 5,
+    "num_negatives": 10,
+    "mask_probability": 0.1,
+    "small_crop_area": ["0.05", "0.14"],
+    "include_same_view": True,
+    "kl_grad": "sg_p",
+    "kl_small": "transpose",
+    "learning_rate": 0.3,
+    "train_batch_size": 4096,
+}
+_RELIC = {
+    **_BYOL,
+    "include_same_view": False,
+    "kl_grad": "none",
+    "alpha": 1,
+    "train_epochs": 1000,
+    "train_batch_size": 4096,
+    "weight_decay": 1.5e-6,
+    "target_decay": 0.996,
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        (
+            f"byol_{epochs}",
+            {
+                **_BYOL,
+                "objective": "byol",
+                "train_epochs": epochs,
+                "train_batch_size": 4096,
+                "learning_rate": rate,
+                "weight_decay": decay,
+                "target_decay": tau,
+            },
+        )
+        for epochs, rate, decay, tau in (
+            (40, 0.45, 1e-6, 0.97),
+            (100, 0.45, 1e-6, 0.99),
+            (300, 0.3, 1e-6, 0.99),
+            (1000, 0.2, 1.5e-6, 0.996),
+        )
+    ]
+    + [
+        ("relic_1000", {**_RELIC, "temperature": 0.3, "learning_rate": 0.2}),
+        (
+            "relic_1000_no_target",
+            {
+                **_RELIC,
+                "temperature": 0.1,
+                "learning_rate": 0.3,
+                "target_network": False,
+                "predictor": False,
+                "proj_hidden_dim": (4096, 2048, 1024, 512),
+                "proj_out_dim": 128,
+            },
+        ),
+    ]
+    + [
+        (
+            f"{name}_{epochs}",
+            {
+                **_RELICV2,
+                **of_method,
+                "train_epochs": epochs,
+                "weight_decay": decay,
+                "target_decay": tau,
+            },
+        )
+        for epochs, decay, tau in ((300, 1e-6, 0.99), (1000, 1.5e-6, 0.996))
+        for name, of_method in (
+            ("relicv2", {}),
+            (
+                "semppl",
+                {
+                    "semantic_weight": 0.2,
+                    "num_semantic_positives": 3,
+                    "sempos_negatives": "targets",
+                    "drop_same_label_negatives": False,
+                },
+            ),
+        )
+    ],
+)
+def test_presets_are_as_published(preset, expected):
+    settings, _ = _parse(f"run.py --preset={preset} --dataset=imagenet2012")
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
 def test_presets_are_of_flags_and_the_command_line_wins():
     for preset, values in methods.PRESETS.items():
         settings, sources = _parse(f"run.py --preset={preset} --seed=3")
