@@ -312,7 +312,8 @@ _RELIC_PYTORCH = {
     "warmup_epochs": 0.0,
     "weight_decay": 1e-5,
     "augmentation": "relic_pytorch",
-    "padding": "fixed",
+    "padding": "torch",  # torchvision's ResNet
+    "shortcuts": "needed",
     "num_small_views": 4,
     "small_crop_area": (0.05, 1.0),
     "proj_hidden_dim": (512,),
