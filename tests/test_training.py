@@ -493,10 +493,14 @@ def semppl(tmp_path_factory):
         "--sempos_negatives=sempos",
         "--drop_same_label_negatives",
         "--pseudo_label_start_epoch=0.0128",  # 4 steps
-        "--steps_per_loop=1",
         "--train_summary_steps=1",
-        "--train_steps=8",
     ]
+    return _stopped_and_whole(folder, words)
+
+
+def _stopped_and_whole(folder, words):
+    """Returns two runs of 8 steps: one was stopped on the way and resumed."""
+    words = [*words, "--steps_per_loop=1", "--train_steps=8"]
     train = trainer.train
 
     def stopping(*arguments):
@@ -564,6 +568,20 @@ def test_resuming_restores_queue_target_and_draws(semppl):
     assert max(shares[:4]) <= 0.25 < min(shares[4:])
     # From the first batch on there is something to vote by.
     assert [share for _, share in expected["train/vote_share"]] == [1] * 8
+
+
+@pytest.mark.slow
+def test_resuming_restores_a_trained_temperature(tmp_path):
+    words = [*_SMALL, "--objective=relic", "--use_siglip"]
+    stopped, whole = (
+        _tensors(directory, 8)
+        for directory in _stopped_and_whole(tmp_path, words)
+    )
+    groups = {name.split("/")[0] for name in whole}
+    assert {"critic", "critic_optimizer"} <= groups
+    assert stopped.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(stopped[name], value, name)
 
 
 def test_the_target_can_be_fine_tuned_on_the_labelled_images(
