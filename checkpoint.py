@@ -7,6 +7,7 @@ What other programs publish is read by `read_published`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -42,6 +43,10 @@ _SIMCLR_OBJECTS = re.compile(
 
 # What TensorFlow raises for a truncated, damaged or half-deleted checkpoint.
 _DAMAGE = (tf.errors.OpError, IndexError, RuntimeError)
+
+
+class CannotRestore(ValueError):
+    """A checkpoint cannot be read, or belongs to other networks."""
 
 
 class TrainingCheckpoints:
@@ -107,8 +112,8 @@ class TrainingCheckpoints:
             The step it was saved at; 0 where the directory has none.
 
         Raises:
-            ValueError: if there are checkpoints and none can be read, or one
-                belongs to other networks.
+            CannotRestore: if there are checkpoints and none can be read, or
+                one belongs to other networks.
         """
         paths = self._manager.checkpoints
         for path in reversed(paths):
@@ -123,14 +128,14 @@ class TrainingCheckpoints:
                     str(error).splitlines()[0],
                 )
             except (AssertionError, ValueError) as error:
-                raise ValueError(
+                raise CannotRestore(
                     f"Checkpoint {path} is of another run: "
                     f"{str(error).splitlines()[0]}"
                 ) from error
             else:
                 return int(self.step.numpy())
         if paths:
-            raise ValueError(
+            raise CannotRestore(
                 f"None of the {len(paths)} checkpoints in {self.directory} "
                 "can be read. Remove them to start again."
             )
@@ -191,8 +196,9 @@ def restore_networks(path: str, **networks: keras.Model) -> None:
         **networks: keras models by their name in the checkpoint.
 
     Raises:
-        ValueError: if a variable of `networks` is missing in the file or has
-            another shape there.
+        ValueError: if there is no such checkpoint.
+        CannotRestore: if a variable of `networks` is missing in the file or
+            has another shape there.
     """
     prefix = latest_checkpoint(path)
     try:
@@ -201,7 +207,7 @@ def restore_networks(path: str, **networks: keras.Model) -> None:
         status = tf.train.Checkpoint(**trackables).read(prefix)
         status.assert_existing_objects_matched()
     except (AssertionError, ValueError) as error:
-        raise ValueError(
+        raise CannotRestore(
             f"Checkpoint {prefix} does not fit the networks: "
             f"{str(error).splitlines()[0]} Compare its run.json with the flags."
         ) from error
@@ -269,7 +275,7 @@ def load_encoder(
     foreign = read_published(path, target=target, **architecture)
     if foreign:
         networks = model.build_networks(foreign.architecture)
-        foreign.assign_to(networks.encoder)
+        _assign(foreign, networks)
         return model.encoder_of_images(networks)
     run = read_run(path)
     if run is None and not architecture:
@@ -304,7 +310,7 @@ def load_networks(path: str, *, target: bool = False) -> model.Networks:
     if tensors is not None:
         foreign = _identify(path, tensors, about, target)
         networks = model.build_networks(foreign.architecture)
-        foreign.assign_to(networks.encoder)
+        _assign(foreign, networks)
         return networks
     run = read_run(path)
     if run is None:
@@ -383,7 +389,13 @@ def restore_pretrained(
             f"Of {path}, the encoder alone is read: there is no projection "
             "head for --ft_proj_selector to choose from."
         )
+    _assign(foreign, networks)
+
+
+def _assign(foreign: published.Published, networks: model.Networks) -> None:
+    """Gives an encoder published weights, which are then no longer held."""
     foreign.assign_to(networks.encoder)
+    _parse_file.cache_clear()
 
 
 def read_published(
@@ -468,11 +480,21 @@ def _tensors_of_file(
     path: str,
 ) -> tuple[published.Tensors | None, dict[str, str]]:
     """Returns the same of a file, whose first bytes say of what kind it is."""
+    facts = tf.io.gfile.stat(path)
+    return _parse_file(path, facts.length, facts.mtime_nsec)
+
+
+# A file is first read for its architecture, then for its weights.
+@functools.lru_cache(maxsize=1)
+def _parse_file(
+    path: str, length: int, mtime: int
+) -> tuple[published.Tensors | None, dict[str, str]]:
+    """Returns the same; a file of other length or date is another file."""
     if "://" in path:
         with tempfile.TemporaryDirectory() as folder:
             copy = os.path.join(folder, os.path.basename(path))
             tf.io.gfile.copy(path, copy)
-            return _tensors_of_file(copy)
+            return _parse_file.__wrapped__(copy, length, mtime)
     if path.endswith(".keras"):
         return None, {}
     with open(path, "rb") as file:

@@ -11,6 +11,7 @@ examples, these and the rest have positions, and epochs, of their own.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -173,6 +174,20 @@ def describe(dataset: Dataset) -> str:
     if lost:
         notes.append(f"{len(lost)} did not decode: {sources.some(lost)}")
     return "\n  ".join([", ".join(facts), *notes])
+
+
+def undecodable_images_message(error: Exception) -> str | None:
+    """Returns the message of `sources.UndecodableImages` in a stream's error.
+
+    TensorFlow turns what a function of Python raises into an error whose text
+    has the name of the class, the message and a traceback.
+
+    Returns:
+        The message; None if the error is about something else.
+    """
+    name = sources.UndecodableImages.__name__
+    found = re.search(rf"\b{name}: (.+)", getattr(error, "message", ""))
+    return found[1] if found else None
 
 
 def subset(dataset: Dataset, ids: Sequence[int] | np.ndarray) -> Dataset:

@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import sys
 from urllib.error import URLError
 
 import tensorflow as tf
@@ -36,6 +37,22 @@ _GOOGLE = "0x1ae0"
 _TPU_CHIPS = (
     "0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076",
 )  # fmt: skip
+
+
+def is_lost(error: Exception, strategy: str | None) -> bool:
+    """Returns whether an error means that a TPU or a machine was lost.
+
+    Args:
+        error: what was raised.
+        strategy: of `STRATEGIES`; None if it was not chosen yet.
+    """
+    if isinstance(error, cloud_tpu.AwayError):
+        return True
+    # Without devices elsewhere, these come from files or from a defect. A
+    # worker that was restarted has none of the variables: FailedPrecondition.
+    is_elsewhere = strategy in ("tpu", "multi_worker")
+    kinds = (*LOST, tf.errors.FailedPreconditionError)
+    return is_elsewhere and isinstance(error, kinds)
 
 
 def choose_strategy(
@@ -128,6 +145,7 @@ def make_strategy(
     else:
         name = "one_device" if first_alone else name
         strategy = _host_strategy(name, cpu_replicas)
+        _compile_quietly_once()
     logging.info(
         "%s of %d: %s",
         type(strategy).__name__,
@@ -273,3 +291,27 @@ def _host_strategy(name: str, cpu_replicas: int) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(
         [f"/cpu:{i}" for i in range(cpu_replicas)]
     )
+
+
+def _compile_quietly_once() -> None:
+    """Has XLA compile a function while standard error is closed.
+
+    For the first one of a process, it writes two lines of its own there, past
+    the level of the log.
+    """
+
+    @tf.function(jit_compile=True, autograph=False)
+    def double(x: tf.Tensor) -> tf.Tensor:
+        return 2 * x
+
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        with tf.device("CPU:0"):
+            double(tf.constant(1.0))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

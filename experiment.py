@@ -699,6 +699,11 @@ def make_train_config(
         is_labelled = np.zeros(num_examples, bool)
         is_labelled[labelled_ids] = True
     batch_size = settings.train_batch_size
+    if settings.train_mode == "pretrain" and batch_size < 2:
+        raise ValueError(
+            "Pretraining compares the images of a batch with each other, so "
+            f"--train_batch_size must be at least 2. Received: {batch_size}."
+        )
     parts = settings.accumulate_steps
     if batch_size % (num_replicas * parts):
         raise ValueError(

@@ -170,9 +170,12 @@ def _card(networks: model.Networks, image_size: int) -> dict[str, Any]:
         "endpoints": list(_endpoints(_stock(networks)).output),
         "padding": architecture.padding,
         "batch_norm_epsilon": next(
-            layer.epsilon
-            for layer in networks.encoder.layers
-            if isinstance(layer, resnet.GlobalBatchNorm)
+            (
+                layer.epsilon
+                for layer in networks.encoder.layers
+                if isinstance(layer, resnet.GlobalBatchNorm)
+            ),
+            None,
         ),
         "tolerance": TOLERANCE,
         "architecture": dataclasses.asdict(architecture),
@@ -230,8 +233,14 @@ def _compare(
         outputs = _read(name, directory, images)
         version = importlib.metadata.version(packages[0])
         runtime = f"{packages[0]} {version}"
+    common = outputs.keys() & expected.keys()
+    if not common:
+        raise CannotExport(
+            f"there is nothing to compare: {runtime} read the outputs "
+            f"{sorted(outputs)}, the networks have {sorted(expected)}"
+        )
     largest, relative = 0.0, 0.0
-    for output in outputs.keys() & expected.keys():
+    for output in common:
         difference = np.abs(outputs[output] - expected[output]).max()
         share = difference / max(np.abs(expected[output]).max(), 1e-30)
         if not share <= TOLERANCE:  # so that NaN is too far

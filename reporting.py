@@ -98,6 +98,9 @@ class Reporter:
     ) -> None:
         """Shows and records the steps just done.
 
+        Steps from the first whose metrics are not finite on are neither shown
+        nor recorded, but for that one, which always is.
+
         Args:
             step: optimizer steps done in all.
             names: of the metrics.
@@ -105,19 +108,26 @@ class Reporter:
             seconds_a_step: None while it is not known yet.
         """
         rate = self._batch_size / seconds_a_step if seconds_a_step else None
-        self._show(step, dict(zip(names, history[-1], strict=True)), rate)
+        first = step - len(history) + 1
+        bad = np.flatnonzero(~np.isfinite(history).all(axis=1))
+        last = self._train_steps
+        if len(bad):
+            history = history[: bad[0] + 1]
+            last = step = first + int(bad[0])
+        rows = [dict(zip(names, row, strict=True)) for row in history]
+        self._show(step, rows[-1], rate, is_last=step == last)
         if not self._summary_steps:
             return
         # The step's own values, no means: after a resume they are the same.
-        for done, row in enumerate(history, start=step - len(history) + 1):
-            if done % self._summary_steps == 0 or done == self._train_steps:
-                self._record(done, dict(zip(names, row, strict=True)), rate)
+        for done, metrics in enumerate(rows, start=first):
+            if done % self._summary_steps == 0 or done == last:
+                self._record(done, metrics, rate)
 
     def flush(self) -> None:
         """Makes sure that what was recorded is on disk."""
         self._writer.flush()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Finishes the line and the events."""
         self._writer.close()
         if self._bar:
@@ -140,7 +150,11 @@ class Reporter:
                 tf.summary.scalar("train/images_per_second", rate)
 
     def _show(
-        self, step: int, metrics: dict[str, float], rate: float | None
+        self,
+        step: int,
+        metrics: dict[str, float],
+        rate: float | None,
+        is_last: bool,
     ) -> None:
         epoch = step * self._batch_size / self._num_examples
         words = [f"epoch {epoch:.2f}"]
@@ -158,7 +172,7 @@ class Reporter:
             return
         now = time.monotonic()
         due = now - self._last_line >= _SECONDS_BETWEEN_LINES
-        if due or step == self._train_steps:
+        if due or is_last:
             self._last_line = now
             if rate:
                 left = (self._train_steps - step) * self._batch_size / rate

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 # Before TensorFlow is loaded: its start-up notes are a page, and without a GPU
 # one of them is an error about that.
@@ -68,14 +68,34 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
 _EXIT_DIFFERS = 1
-_EXIT_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may work again
+_EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 _EXIT_NOT_FITTING = 4
+
+# What a file system raises for a path that a user gave.
+_FILE_ERRORS = (
+    OSError,
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.AlreadyExistsError,
+    tf.errors.DataLossError,
+)
+# Errors of user input that only show while the prepared work is done. Others
+# are defects of this program, and end with a traceback.
+_INPUT_ERRORS_OF_WORK = (
+    *_FILE_ERRORS,
+    trainer.HostsDisagree,
+    trainer.NoLabelledImage,
+    selftest.ProcessFailed,
+    checkpoint_lib.CannotRestore,
+)
 
 # `siglip` is `relic --use_siglip`.
 _OBJECTIVES = tuple(
     name for name in (*methods.METHODS, *methods.ALIASES) if name != "siglip"
 )
 _SECONDS_BETWEEN_POLLS = 5
+# Files of a run that its trainer writes again and again.
+_SIGNS_OF_LIFE = ("run.json", "checkpoint", "events.*")
 _IMAGES_IN_GRID = 16
 _FROM_SCRATCH = "none"  # as --checkpoint
 _NOWHERE = "none"  # as --feature_cache
@@ -227,6 +247,13 @@ flags.DEFINE_integer(
     256,
     "Images a step of evaluation; more, if they do not divide among replicas.",
     lower_bound=1,
+)
+flags.DEFINE_float(
+    "eval_timeout_minutes",
+    120.0,
+    "Minutes that --mode=eval waits for a sign of life of the trainer: for its "
+    "run to start, and later for a new checkpoint or event. 0 waits for ever.",
+    lower_bound=0,
 )
 flags.DEFINE_integer(
     "eval_steps", 0, "Steps of evaluation; 0: all images.", lower_bound=0
@@ -923,6 +950,7 @@ _OF_MODES = {
     ),
     ("embed", "predict"): ("input", "input_split", "output"),
     ("predict",): ("top_k",),
+    ("eval",): ("eval_timeout_minutes",),
     ("check_tpu",): ("tpu_topology", "find_batch"),
     ("export",): ("format", "export_dir"),
 }
@@ -987,24 +1015,22 @@ def main(argv: Sequence[str]) -> None:
         tf.__version__,
         keras.__version__,
     )
+    settings = Settings()
     try:
-        work = _prepare(*resolve_flags())
-    except devices.LOST as error:
-        _exit_lost(error)
-    except (ValueError, OSError, tf.errors.OpError) as error:
-        _exit(_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
+        settings, origins = resolve_flags()
+        work = _prepare(settings, origins)
+    except (ValueError, OSError, tf.errors.OpError, _TrainerIsGone) as error:
+        _exit(
+            *_lost(error, settings)
+            or (_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
+        )
     try:
         work()
-    except (trainer.HostsDisagree, selftest.ProcessFailed) as error:
-        _exit(_EXIT_USAGE, f"Error: {error}")
-    except trainer.TrainingDiverged as error:
-        _exit(_EXIT_DIVERGED, f"Training stopped: {error}")
-    except trainer.Interrupted as error:
-        # Another machine may have been told, not this one.
-        number = _Signals.received or signal.SIGTERM
-        _exit(128 + number, f"Interrupted. {error}")
-    except (*devices.LOST, tf.errors.FailedPreconditionError) as error:
-        _exit_lost(error)
+    except Exception as error:
+        outcome = _outcome(error, settings)
+        if not outcome:
+            raise
+        _exit(*outcome)
 
 
 def _prepare(settings: Settings, origins: dict[str, str]) -> Callable[[], None]:
@@ -1032,30 +1058,73 @@ def _prepare(settings: Settings, origins: dict[str, str]) -> Callable[[], None]:
 
 
 def _set_up_log() -> None:
-    """Logs this program's lines with the time of day, not TensorFlow's."""
+    """Logs this program's lines with the time of day, not the libraries'.
+
+    Of libraries, errors alone are logged: their warnings are about how this
+    program calls them, which its users cannot change.
+    """
     tf.get_logger().setLevel("WARNING")
     logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
     handler.addFilter(
         lambda record: (
-            record.levelno > std_logging.INFO
+            record.levelno > std_logging.WARNING
             or os.path.dirname(record.pathname) == _HERE
         )
     )
 
 
-def _exit(code: int, message: str) -> None:
+def _exit(code: int, message: str) -> NoReturn:
     sys.stderr.write(message + "\n")
     sys.exit(code)
 
 
-def _exit_lost(error: Exception) -> None:
-    _exit(
-        _EXIT_LOST,
+class _TrainerIsGone(Exception):
+    """The run that is followed shows no sign of life."""
+
+
+def _outcome(error: Exception, settings: Settings) -> tuple[int, str] | None:
+    """Returns exit code and message for an error in the prepared work.
+
+    Returns None for a defect of this program.
+    """
+    if isinstance(error, trainer.TrainingDiverged):
+        return _EXIT_DIVERGED, f"Training stopped: {error}"
+    if isinstance(error, trainer.Interrupted):
+        return 128 + error.signal_number, f"Interrupted. {error}"
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return _EXIT_USAGE, (
+            f"Error: a device or a disk is full: {_one_paragraph(error)} If it "
+            "is the memory of a device: a smaller --train_batch_size, "
+            "--accumulate_steps, --mixed_precision or --remat needs less."
+        )
+    if isinstance(error, _INPUT_ERRORS_OF_WORK):
+        return _EXIT_USAGE, f"Error: {_one_paragraph(error)}"
+    message = data.undecodable_images_message(error)
+    if message:
+        return _EXIT_USAGE, f"Error: {message}"
+    if lost := _lost(error, settings):
+        return lost
+    if isinstance(error, devices.LOST):
+        return _EXIT_TRY_AGAIN, (
+            f"A file system or server does not answer: {_one_paragraph(error)}"
+            "\nThe same command resumes from the last checkpoint."
+        )
+    return None
+
+
+def _lost(error: Exception, settings: Settings) -> tuple[int, str] | None:
+    """Returns exit code and message where another machine has been lost."""
+    if isinstance(error, _TrainerIsGone):
+        return _EXIT_TRY_AGAIN, str(error)
+    strategy = getattr(settings, "strategy", None)
+    if not devices.is_lost(error, strategy):
+        return None
+    return _EXIT_TRY_AGAIN, (
         "Lost the TPU or another machine, perhaps to preemption: "
         f"{_one_paragraph(error)}\nThe same command, on all machines, goes on "
-        "from the last checkpoint.",
+        "from the last checkpoint."
     )
 
 
@@ -1169,7 +1238,7 @@ def _inherited_values() -> dict[str, Any]:
         if not FLAGS.model_dir:
             raise ValueError("--mode=eval needs --model_dir.")
         names, path = _INHERITED_BY_EVAL, FLAGS.model_dir
-        _wait_for_run(path)
+        _wait_for_run(path, FLAGS.eval_timeout_minutes)
     elif FLAGS.mode in ("probe", "export"):
         names, path = _INHERITED_BY_EVAL, FLAGS.checkpoint
     else:
@@ -1192,11 +1261,54 @@ def _inherited_values() -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def _wait_for_run(directory: str) -> None:
+def _wait_for_run(directory: str, timeout_minutes: float) -> None:
+    """Waits until a trainer has written its `run.json`.
+
+    Raises:
+        ValueError: if the path is a file.
+        _TrainerIsGone: if that takes longer than the timeout, if not 0.
+    """
+    if tf.io.gfile.exists(directory) and not tf.io.gfile.isdir(directory):
+        raise ValueError(
+            f"--model_dir={directory} is a file; --mode=eval needs the "
+            "directory of a run."
+        )
     if checkpoint_lib.read_run(directory) is None:
-        logging.info("Waiting for a run in %s ...", directory)
+        logging.info(
+            "Waiting for a trainer to write run.json in %s%s ...",
+            directory,
+            _at_most(timeout_minutes),
+        )
+    started = time.monotonic()
     while checkpoint_lib.read_run(directory) is None:
+        waited = (time.monotonic() - started) / 60
+        if timeout_minutes and waited > timeout_minutes:
+            raise _TrainerIsGone(
+                f"No trainer wrote run.json in {directory} within "
+                f"{timeout_minutes:g} minutes (--eval_timeout_minutes)."
+            )
         time.sleep(_SECONDS_BETWEEN_POLLS)
+
+
+def _at_most(minutes: float) -> str:
+    return f" for at most {minutes:g} minutes" if minutes else ""
+
+
+def _check_trainer_lives(directory: str, timeout_minutes: float) -> None:
+    """Raises _TrainerIsGone if a run's files are older than the timeout."""
+    written = [
+        tf.io.gfile.stat(path).mtime_nsec / 1e9
+        for pattern in _SIGNS_OF_LIFE
+        for path in tf.io.gfile.glob(os.path.join(directory, pattern))
+    ]
+    minutes = (time.time() - max(written, default=0.0)) / 60
+    if timeout_minutes and minutes > timeout_minutes:
+        raise _TrainerIsGone(
+            f"The trainer of {directory} is gone: it wrote there last "
+            f"{minutes:,.0f} minutes ago, which is longer than "
+            f"--eval_timeout_minutes={timeout_minutes:g}. Start training again "
+            "with its command, then this evaluation."
+        )
 
 
 def _check(settings: Settings) -> None:
@@ -1462,10 +1574,12 @@ def _train(run: Run) -> Callable[[], None]:
                 run.strategy,
                 checkpoints,
                 reporter,
-                lambda: bool(signals.received),
+                lambda: signals.received,
             )
         if evaluates and signals.received:
-            raise trainer.Interrupted("Trained, not evaluated.")
+            raise trainer.Interrupted(
+                "Trained, not evaluated.", signals.received
+            )
         if evaluates:
             run_report.of_classifier(run, *run.evaluate(config.train_steps))
 
@@ -1556,12 +1670,26 @@ def _follow(run: Run) -> Callable[[], None]:
         # Read again each time: the run may have been prolonged.
         record = checkpoint_lib.read_run(directory)
         if record is None:
-            raise ValueError(f"The run.json of {directory} is gone.")
+            raise _TrainerIsGone(f"The run.json of {directory} is gone.")
         return record["train_steps"]
 
+    timeout_minutes = run.settings.eval_timeout_minutes
+
+    def wait() -> bool:
+        _check_trainer_lives(directory, timeout_minutes)
+        return False  # there may be more checkpoints
+
     def work() -> None:
+        logging.info(
+            "Waiting for checkpoints in %s; the trainer may be silent%s.",
+            directory,
+            _at_most(timeout_minutes),
+        )
         for path in tf.train.checkpoints_iterator(
-            directory, min_interval_secs=_SECONDS_BETWEEN_POLLS
+            directory,
+            min_interval_secs=_SECONDS_BETWEEN_POLLS,
+            timeout=_SECONDS_BETWEEN_POLLS,
+            timeout_fn=wait,
         ):
             try:
                 checkpoint_lib.restore_networks(path, **run.networks.models())
@@ -1740,9 +1868,14 @@ def _check_tpu(run: Run) -> Callable[[], None]:
 
 
 class _Signals:
-    """Remembers a request to stop, for the loop to answer between calls."""
+    """Remembers a request to stop, for the loop to answer between calls.
 
-    received = 0
+    Attributes:
+        received: number of the signal that was received; 0 if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
 
     def __enter__(self) -> "_Signals":
         self._before = {
@@ -1756,9 +1889,9 @@ class _Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: Any) -> None:
-        if _Signals.received:  # the second time is meant
+        if self.received:  # the second time is meant
             signal.default_int_handler(number, None)
-        _Signals.received = number
+        self.received = number
         logging.warning("Signal %d: saving after this call ...", number)
 
 

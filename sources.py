@@ -45,6 +45,10 @@ MEMORY_LIMIT = 4 << 30
 _IMAGENET_EXAMPLES, _IMAGENET_CLASSES = 1_281_167, 1000
 
 
+class UndecodableImages(ValueError):
+    """Too many images of a dataset do not decode."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arrays:
     """Examples held in memory.
@@ -152,7 +156,9 @@ class Dataset:
         """Names, once, an image that does not decode.
 
         Raises:
-            ValueError: if it is one of more than 1 % (at least 10) of all.
+            UndecodableImages: if it is one of more than 1 % (at least 10) of
+                all. Inside a stream, TensorFlow makes an error of its own of
+                it: see `data.undecodable_images_message`.
         """
         name = f"{self.name} {self.split}, example {example_id}"
         if isinstance(self.source, Files):
@@ -162,7 +168,7 @@ class Dataset:
         self.undecodable.add(name)
         logging.warning("%s does not decode; a grey image replaces it.", name)
         if len(self.undecodable) > max(10, self.num_examples // 100):
-            raise ValueError(
+            raise UndecodableImages(
                 f"Of {self.num_examples} images of {self.name!r}, "
                 f"{len(self.undecodable)} did not decode, the last of them "
                 f"{name!r}. The log has the reasons."

@@ -6,6 +6,7 @@ maps a batch to its metrics and updates the networks; everything that differs
 between methods is a row of `methods.METHODS`.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -135,11 +136,23 @@ class TrainingDiverged(ArithmeticError):
 
 
 class Interrupted(Exception):
-    """A signal asked for an end; the state has been saved."""
+    """A signal has ended the run; the state has been saved.
+
+    Attributes:
+        signal_number: the signal, which another machine may have received.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 class HostsDisagree(ValueError):
     """The machines that train together are not in the same state."""
+
+
+class NoLabelledImage(ValueError):
+    """None of the images of an evaluation has a label."""
 
 
 class Optimizers(NamedTuple):
@@ -855,7 +868,7 @@ def train(
     strategy: tf.distribute.Strategy,
     checkpoints: TrainingCheckpoints,
     reporter: "reporting.Reporter",
-    interrupted: Callable[[], bool] = lambda: False,
+    received_signal: Callable[[], int] = lambda: 0,
 ) -> None:
     """Trains from the newest checkpoint to `config.train_steps`.
 
@@ -868,12 +881,13 @@ def train(
         checkpoints: of `networks` and `optimizers`; restored, and so is the
             step to go on from.
         reporter: shows and records what happens.
-        interrupted: tells whether to save and stop.
+        received_signal: returns the number of the signal that asks this
+            machine to save and stop; 0 if there was none.
 
     Raises:
         TrainingDiverged: at the first loss or weight that is not finite; the
             newest checkpoint is from before.
-        Interrupted: if `interrupted()`, on any of the machines, after saving.
+        Interrupted: after saving, if any of the machines received a signal.
         HostsDisagree: if they do not find the same checkpoint.
     """
     step = int(checkpoints.step.numpy())
@@ -884,39 +898,46 @@ def train(
             f"The machines go on from different steps, {sorted(set(steps))}: "
             "--model_dir must be one directory that all of them see."
         )
-    reporter.start(step)
-    if step >= config.train_steps:
-        logging.info(
-            "Already trained: step %d of %d.", step, config.train_steps
+    with contextlib.closing(reporter):
+        reporter.start(step)
+        if step >= config.train_steps:
+            logging.info(
+                "Already trained: step %d of %d.", step, config.train_steps
+            )
+            return
+        iterator = iter(make_stream(step))
+        loop = CompiledLoop(
+            strategy,
+            build_step(config, networks, optimizers),
+            config.jit_compile,
         )
-        return
-    iterator = iter(make_stream(step))
-    loop = CompiledLoop(
-        strategy, build_step(config, networks, optimizers), config.jit_compile
-    )
-    logging.info("Compiling the step (up to some minutes on a TPU) ...")
-    pace = _Pace(config.steps_per_loop)
-    saved = time.monotonic()
-    while step < config.train_steps:
-        # Machines differ in speed and clocks; one alone may be told to stop.
-        num_steps = min(hosts.numbers(pace.num_steps))
-        num_steps = min(num_steps, _steps_to_save(config, step))
-        started = time.monotonic()
-        history = loop(iterator, num_steps)
-        pace.update(num_steps, time.monotonic() - started)
-        _check_finite(loop.names, history, step)
-        step += num_steps
-        reporter.progress(step, loop.names, history, pace.seconds_a_step)
-        is_due = _is_due(config, step, time.monotonic() - saved)
-        stop = any(hosts.numbers(interrupted()))
-        if stop or any(hosts.numbers(is_due)):
-            _check_finite_weights(networks, step)
-            checkpoints.save(step)
-            reporter.flush()
-            saved = time.monotonic()
-        if stop and step < config.train_steps:
-            raise Interrupted(f"Saved at step {step} of {config.train_steps}.")
-    reporter.end()
+        logging.info("Compiling the step (up to some minutes on a TPU) ...")
+        pace = _Pace(config.steps_per_loop)
+        saved = time.monotonic()
+        while step < config.train_steps:
+            # Machines differ in speed and clocks; one alone may be told to
+            # stop.
+            num_steps = min(hosts.numbers(pace.num_steps))
+            num_steps = min(num_steps, _steps_to_save(config, step))
+            started = time.monotonic()
+            history = loop(iterator, num_steps)
+            pace.update(num_steps, time.monotonic() - started)
+            step += num_steps
+            # Before the check: what led to a divergence is recorded, too.
+            reporter.progress(step, loop.names, history, pace.seconds_a_step)
+            _check_finite(loop.names, history, step - num_steps)
+            is_due = _is_due(config, step, time.monotonic() - saved)
+            signal_number = max(hosts.numbers(received_signal()))
+            if signal_number or any(hosts.numbers(is_due)):
+                _check_finite_weights(networks, step)
+                checkpoints.save(step)
+                reporter.flush()
+                saved = time.monotonic()
+            if signal_number and step < config.train_steps:
+                raise Interrupted(
+                    f"Saved at step {step} of {config.train_steps}.",
+                    signal_number,
+                )
 
 
 class _Hosts:
@@ -1030,7 +1051,7 @@ def evaluate(
         each one's id, its label and the class that was predicted.
 
     Raises:
-        ValueError: if no image has a label.
+        NoLabelledImage: if no image has a label.
     """
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
@@ -1070,7 +1091,7 @@ def evaluate(
         rows.append(batch_rows.numpy())
     top_1, top_5, loss, count = totals
     if not count:
-        raise ValueError("There is no labelled image to evaluate on.")
+        raise NoLabelledImage("There is no labelled image to evaluate on.")
     measured = {
         "top_1_accuracy": top_1 / count,
         "top_5_accuracy": top_5 / count,

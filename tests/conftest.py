@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test shares: quiet TensorFlow, fixed seeds, golden numbers."""
+"""What every test shares: quiet TensorFlow, its own state, golden numbers."""
 
 import os
 import pathlib
@@ -8,16 +8,50 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-import keras
 import numpy as np
+import process_state
+import processes
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+_AT_START = process_state.snapshot()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Gives fixtures that outlive a test the state of the start, too.
+
+    Otherwise what they compute would depend on the test that uses them first.
+    """
+    if fixturedef.scope == "function":
+        return (yield)
+    _restore("before a fixture")
+    result = yield
+    _restore(f"by the fixture {fixturedef.argname}")
+    return result
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed():
-    keras.utils.set_random_seed(0)
+def _own_process_state():
+    """Restores what a test has changed in its process, the seeds included.
+
+    A test that changes what cannot be restored fails: it belongs into a
+    process of its own.
+    """
+    _restore("before a test")
+    yield
+    processes.end_all()
+    _restore("by this test")
+
+
+def _restore(when):
+    remaining = process_state.restore(_AT_START)
+    if remaining:
+        pytest.fail(
+            f"State of the process was changed {when} and cannot be restored: "
+            f"{', '.join(remaining)}. Run the code in a process of its own.",
+            pytrace=False,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,10 @@ import importlib.util
 import os
 import pathlib
 import shlex
-import subprocess
-import sys
 import types
 
 import numpy as np
+import processes
 import program
 import pytest
 import tensorflow as tf
@@ -409,9 +408,7 @@ def _execute(step, batch, folder):
     (folder / "program").write_bytes(module)
     np.savez(folder / "split.npz", *tf.nest.flatten(batch))
     np.savez(folder / "same.npz", *[v.numpy() for v in held])
-    subprocess.run(
-        [sys.executable, _TESTS / "execute_replicas.py", folder], check=True
-    )
+    processes.run(_TESTS / "execute_replicas.py", folder)
     with np.load(folder / "results.npz") as file:
         metrics, *changed = file.values()
     return metrics, held, changed

@@ -5,11 +5,11 @@ import functools
 import inspect
 import json
 import pathlib
-import subprocess
 import sys
 
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 
@@ -245,7 +245,7 @@ def _trained(strategy, num_steps=3):
 
 def test_two_replicas_take_the_steps_of_one(tmp_path):
     path = tmp_path / "weights.npz"
-    subprocess.run([sys.executable, __file__, str(path)], check=True)
+    processes.run(__file__, path)
     single = _trained(tf.distribute.get_strategy())
     with np.load(path) as arrays:
         for expected, name in zip(single, arrays.files, strict=True):

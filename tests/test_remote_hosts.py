@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other hosts read their part of the data, as those of a TPU pod do."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
+import processes
 from PIL import Image
-
-_TESTS = pathlib.Path(__file__).resolve().parent
 
 
 def test_other_hosts_read_their_part_of_the_data(tmp_path):
@@ -22,11 +16,7 @@ def test_other_hosts_read_their_part_of_the_data(tmp_path):
         Image.fromarray(pixels).save(folder / f"{index}.png")
     Image.fromarray(pixels).save(folder / "cut.png")
     Image.new("RGB", (40, 60), "gray").save(folder / "even.png")
-    subprocess.run(
-        [sys.executable, _TESTS / "remote_hosts.py", folder, out],
-        env={**os.environ, "PYTHONPATH": str(_TESTS.parent)},
-        check=True,
-    )
+    processes.run("tests/remote_hosts.py", folder, out)
     with np.load(out) as file:
         found = dict(file)
     for name in ("memory", "files", "masked", "evaluation"):

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several replicas are the same computation as one, for every objective."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import cluster
 import numpy as np
+import processes
 import pytest
 
 import methods
 import selftest
 
-_TESTS = pathlib.Path(__file__).resolve().parent
 _CASES = [f"{name}:momentum" for name in methods.METHODS]
 _CASES_OF_FOUR = ["rpc:lars", "semppl:momentum"]
 _SLOW_CASES_OF_FOUR = [
@@ -23,19 +18,18 @@ _SLOW_CASES_OF_FOUR = [
 
 def _start(num_replicas, folder, cases, name=None, **environment):
     path = folder / f"{name or num_replicas}.npz"
-    process = subprocess.Popen(
-        [sys.executable, _TESTS / "replica_run.py", str(num_replicas), path]
-        + cases,
-        env={**os.environ, "PYTHONPATH": str(_TESTS.parent), **environment},
-        stderr=subprocess.PIPE,
-        text=True,
+    process = processes.Process(
+        "tests/replica_run.py",
+        num_replicas,
+        path,
+        *cases,
+        environment=environment,
     )
     return process, path
 
 
 def _finish(process, path):
-    _, log = process.communicate(timeout=500)
-    assert process.returncode == 0, log[-3000:]
+    process.finish()
     with np.load(path) as file:
         return dict(file)
 

@@ -66,7 +66,7 @@ def test_lines_in_a_log(tmp_path, monkeypatch):
     reporter.start(0)
     history = np.array([[1.5, 0.25]], np.float32)
     reporter.progress(4, ["loss", "probe_top_1_accuracy"], history, 0.5)
-    reporter.end()
+    reporter.close()
     (words,) = lines
     assert words[0] % words[1:] == (
         "step 4/4, epoch 2.00, 20 images/s, probe 0.25, loss 1.5, 0:00:00 left"
@@ -88,7 +88,7 @@ def _record(directory, first, last, loss):
     reporter.start(first)
     history = np.full((last - first, 1), loss, np.float32)
     reporter.progress(last, ["loss"], history, 0.5)
-    reporter.end()
+    reporter.close()
 
 
 def test_events_are_read_without_what_a_resume_made_void(tmp_path):

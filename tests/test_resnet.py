@@ -3,13 +3,12 @@
 
 import inspect
 import itertools
-import os
 import pathlib
-import subprocess
 import sys
 
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 
@@ -255,9 +254,7 @@ def replicas(tmp_path_factory):
     results = {1: _run_replicas(1)}
     for number in (2, 4):
         path = folder / f"{number}.npz"
-        subprocess.run(
-            [sys.executable, __file__, str(number), str(path)], check=True
-        )
+        processes.run(__file__, number, path)
         results[number] = np.load(path)
     return results
 
@@ -771,17 +768,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
 
 @pytest.mark.slow
 def test_recomputing_takes_less_memory():
-    root = pathlib.Path(resnet.__file__).parent
     kept, recomputed = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", _PEAK, which],
-                env={**os.environ, "PYTHONPATH": str(root)},
-                capture_output=True,
-                check=True,
-                text=True,
-            ).stdout
-        )
+        int(processes.run(sys.executable, "-c", _PEAK, which).stdout)
         for which in ("kept", "recomputed")
     )
     assert recomputed < 0.6 * kept

@@ -3,13 +3,12 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shlex
-import subprocess
 
 import numpy as np
+import processes
 import program
 import pytest
 import tensorflow as tf
@@ -124,14 +123,9 @@ def _own_readme():
 
 def _own_script(name, **environment):
     """The commands that a script runs, by letting `echo` run them."""
-    output = subprocess.run(
-        ["bash", _ROOT / name, "--seed=7"],
-        env={**os.environ, "PYTHON": "echo", **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return output.splitlines()
+    variables = {"PYTHON": "echo", **environment}
+    finished = processes.run("bash", name, "--seed=7", environment=variables)
+    return finished.stdout.splitlines()
 
 
 def _parse(command):

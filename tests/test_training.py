@@ -6,12 +6,10 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
-import time
 
 import keras
 import numpy as np
+import processes
 import program
 import pytest
 import replica_run
@@ -50,35 +48,8 @@ _TRAIN = [
 ]
 
 
-class _Process:
-    """The program in a process of its own, its log in a file."""
-
-    def __init__(self, directory, *words):
-        directory.parent.mkdir(exist_ok=True)
-        self._log = directory.parent / f"log-{time.monotonic_ns()}"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "run.py", f"--model_dir={directory}", *words],
-                cwd=_ROOT,
-                stderr=log,
-            )
-
-    def wait_for(self, text):
-        while text not in self._log.read_text():
-            assert self._process.poll() is None, self._log.read_text()[-3000:]
-            time.sleep(0.02)
-
-    def send(self, number):
-        self._process.send_signal(number)
-
-    def end(self, code=0):
-        try:
-            got = self._process.wait(timeout=200)
-        finally:
-            self._process.kill()
-        log = self._log.read_text()
-        assert got == code, log[-3000:]
-        return log
+def _start(directory, *words):
+    return processes.Process("run.py", f"--model_dir={directory}", *words)
 
 
 def _tensors(directory, step=_STEPS):
@@ -110,19 +81,17 @@ def _scalars(directory, run_name=""):
 def killed(tmp_path_factory):
     """A run that is killed, then terminated, then finished, and followed."""
     directory = tmp_path_factory.mktemp("killed") / "run"
-    follower = _Process(directory, "--mode=eval")
-    process = _Process(directory, *_TRAIN)
-    process.wait_for("step 1/")
-    while not (directory / "ckpt-10.index").exists():
-        time.sleep(0.01)
+    follower = _start(directory, "--mode=eval")
+    process = _start(directory, *_TRAIN)
+    process.wait_until((directory / "ckpt-10.index").exists)
     process.send(signal.SIGKILL)
-    process.end(-signal.SIGKILL)
-    process = _Process(directory, *_TRAIN)
-    process.wait_for(f"/{_STEPS}, epoch")  # its first step is done
+    process.finish(-signal.SIGKILL)
+    process = _start(directory, *_TRAIN)
+    process.wait_for_log(f"/{_STEPS}, epoch")  # its first step is done
     process.send(signal.SIGTERM)
-    terminated = process.end(128 + signal.SIGTERM)
-    _Process(directory, *_TRAIN).end()
-    follower.end()
+    terminated = process.finish(128 + signal.SIGTERM).stderr
+    _start(directory, *_TRAIN).finish()
+    follower.finish()
     return directory, terminated
 
 
@@ -130,7 +99,7 @@ def killed(tmp_path_factory):
 def whole(tmp_path_factory):
     """The same run, never interrupted."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    _Process(directory, *_TRAIN, "--mode=train_then_eval").end()
+    _start(directory, *_TRAIN, "--mode=train_then_eval").finish()
     return directory
 
 
@@ -265,27 +234,6 @@ def test_the_head_can_sit_on_any_layer_of_the_projection(pretrained, tmp_path):
     # The first layer of three, with its BatchNorm: kernel, gamma, beta and
     # two statistics.
     assert len(moved) == 5
-
-
-def test_nan_stops_with_the_step(tmp_path, capsys):
-    code = program.main(
-        f"--model_dir={tmp_path}",
-        *_SMALL,
-        "--checkpoint_steps=1",
-        "--train_steps=30",
-        "--optimizer=momentum",
-        "--learning_rate=1e30",
-    )
-    assert code == 3
-    error = capsys.readouterr().err
-    assert "Training stopped" in error
-    assert "step" in error
-    assert "learning rate" in error
-    # Whatever was saved is finite.
-    latest = tf.train.latest_checkpoint(str(tmp_path))
-    if latest:
-        for value in _tensors(tmp_path, int(latest.split("-")[-1])).values():
-            assert np.isfinite(value).all()
 
 
 def test_another_architecture_is_refused_with_the_differing_flag(

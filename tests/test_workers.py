@@ -2,15 +2,12 @@
 """Several machines train one network: here, processes that talk over gRPC."""
 
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
-import time
 
 import cluster
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 
@@ -30,30 +27,23 @@ _LOST = 75
 
 
 def _start(config, model_dir, *more):
-    environment = dict(os.environ)
-    environment.pop("TF_CONFIG", None)
-    if config:
-        environment["TF_CONFIG"] = config
-    return subprocess.Popen(
-        [sys.executable, "run.py", *_FLAGS, f"--model_dir={model_dir}", *more],
-        cwd=_ROOT,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
+    return processes.Process(
+        "run.py",
+        *_FLAGS,
+        f"--model_dir={model_dir}",
+        *more,
+        environment={"TF_CONFIG": config},
     )
 
 
-def _finish(processes):
-    """Returns exit codes and logs."""
-    logs = [process.communicate(timeout=600)[1] for process in processes]
-    return [process.returncode for process in processes], logs
+def _finish(started, code=0):
+    """Returns logs."""
+    return [process.finish(code).stderr for process in started]
 
 
 def _train(count, model_dir, *more):
     configs = cluster.tf_configs(count) if count > 1 else [None]
-    codes, logs = _finish([_start(c, model_dir, *more) for c in configs])
-    assert codes == [0] * count, logs[-1][-3000:]
-    return logs
+    return _finish([_start(c, model_dir, *more) for c in configs])
 
 
 def _tensors(model_dir):
@@ -64,12 +54,6 @@ def _tensors(model_dir):
         for name, dtype in reader.get_variable_to_dtype_map().items()
         if dtype != tf.string
     }
-
-
-def _wait_for(path, processes):
-    while not path.exists():
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -103,24 +87,20 @@ def test_one_of_them_writes(tmp_path):
     """Directories of their own show who writes; they do not work twice."""
     folders = [tmp_path / str(i) for i in range(2)]
 
-    def train(steps):
-        return _finish(
-            [
-                _start(config, folder, f"--train_steps={steps}")
-                for config, folder in zip(
-                    cluster.tf_configs(2), folders, strict=True
-                )
-            ]
-        )
+    def train(steps, code):
+        started = [
+            _start(config, folder, f"--train_steps={steps}")
+            for config, folder in zip(
+                cluster.tf_configs(2), folders, strict=True
+            )
+        ]
+        return _finish(started, code)
 
-    codes, logs = train(2)
-    assert codes == [0, 0], logs
+    train(2, code=0)
     assert (folders[0] / "run.json").exists()
     assert not folders[1].exists() or not list(folders[1].iterdir())
     # The second goes on from nothing, the first from step 2.
-    codes, logs = train(4)
-    assert codes == [2, 2], logs
-    for log in logs:
+    for log in train(4, code=2):
         assert "different steps, [0, 2]: --model_dir must be" in log
 
 
@@ -130,14 +110,12 @@ def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
     flags = ["--train_steps=100", "--checkpoint_steps=10"]
     _train(2, tmp_path / "whole", *flags)
     killed = tmp_path / "killed"
-    processes = [_start(c, killed, *flags) for c in cluster.tf_configs(2)]
-    _wait_for(killed / "ckpt-20.index", processes)
-    processes[victim].kill()
-    codes, logs = _finish(processes)
-    assert codes[victim] == -signal.SIGKILL
-    survivor = 1 - victim
-    assert codes[survivor] == _LOST, logs[survivor][-3000:]
-    assert "goes on from the last checkpoint" in logs[survivor]
+    started = [_start(c, killed, *flags) for c in cluster.tf_configs(2)]
+    started[victim].wait_until((killed / "ckpt-20.index").exists)
+    started[victim].send(signal.SIGKILL)
+    started[victim].finish(-signal.SIGKILL)
+    log = started[1 - victim].finish(_LOST).stderr
+    assert "goes on from the last checkpoint" in log
     _train(2, killed, *flags)
     whole, resumed = _tensors(tmp_path / "whole"), _tensors(killed)
     for name, value in whole.items():
@@ -147,12 +125,10 @@ def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
 @pytest.mark.slow
 def test_one_told_to_stop_stops_all(tmp_path):
     flags = ["--train_steps=100000", "--checkpoint_steps=20"]
-    processes = [_start(c, tmp_path, *flags) for c in cluster.tf_configs(2)]
-    _wait_for(tmp_path / "ckpt-20.index", processes)
-    processes[1].terminate()
-    codes, logs = _finish(processes)
-    assert codes == [128 + signal.SIGTERM] * 2
-    for log in logs:
+    started = [_start(c, tmp_path, *flags) for c in cluster.tf_configs(2)]
+    started[1].wait_until((tmp_path / "ckpt-20.index").exists)
+    started[1].send(signal.SIGTERM)
+    for log in _finish(started, 128 + signal.SIGTERM):
         assert "Interrupted. Saved at step" in log
 
 
@@ -165,13 +141,12 @@ def test_replicas_go_on_from_a_checkpoint(tmp_path):
         "--eval_batch_size=255",  # does not divide, and need not
     ]
     half, whole = (["--train_steps=2", *flags], ["--train_steps=4", *flags])
-    codes, logs = _finish(
+    _finish(
         [
             _start(None, tmp_path / "whole", *whole),
             _start(None, tmp_path / "parts", *half),
         ]
     )
-    assert codes == [0, 0], logs
     _train(1, tmp_path / "parts", *whole)
     whole, parts = (_tensors(tmp_path / name) for name in ("whole", "parts"))
     del whole["save_counter/.ATTRIBUTES/VARIABLE_VALUE"]
@@ -186,6 +161,4 @@ def test_what_one_machine_does_is_not_for_several(tmp_path):
         "--mode=probe",
         f"--checkpoint={tmp_path}",
     )
-    codes, logs = _finish([process])
-    assert codes == [2]
-    assert "--mode=probe is of one" in logs[0]
+    assert "--mode=probe is of one" in process.finish(2).stderr

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run ends: exit codes and messages by what happened."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import zlib
+
+import numpy as np
+import program
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import checkpoint
+import cloud_tpu
+import experiment
+import reporting
+import run
+import selftest
+import sources
+import trainer
+
+_SMALL = [
+    "--dataset=photo_patches",
+    "--resnet_depth=10",
+    "--width_multiplier=0.125",
+    "--image_size=16",
+    "--train_batch_size=32",
+    "--objective=simclr",
+]
+
+
+def _stream_error():
+    """The error of a stream whose images do not decode."""
+
+    def report(_):
+        raise sources.UndecodableImages("Of 9 images, 9 did not decode.")
+
+    dataset = tf.data.Dataset.range(1).map(
+        lambda i: tf.numpy_function(report, [i], tf.int64)
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError) as raised:
+        next(iter(dataset))
+    return raised.value
+
+
+def _main(error, *words, monkeypatch):
+    """Returns the exit code where the prepared work raises an error."""
+
+    def work():
+        raise error
+
+    def prepare(settings, _):
+        # `experiment.Run` has resolved the strategy before the work begins.
+        settings.strategy = settings.strategy.replace("auto", "one_device")
+        return work
+
+    monkeypatch.setattr(run, "_prepare", prepare)
+    return program.main(*words)
+
+
+def _of_tensorflow(kind, message="First line.\n\nA stack of calls."):
+    return kind(None, None, message)
+
+
+@pytest.mark.parametrize(
+    ("make_error", "strategy", "code", "message"),
+    [
+        (lambda: trainer.TrainingDiverged("loss"), "auto", 3, "stopped: loss"),
+        (
+            lambda: trainer.Interrupted("Saved.", signal.SIGINT),
+            "auto",
+            130,
+            "Interrupted. Saved.",
+        ),
+        (lambda: trainer.HostsDisagree("Steps."), "auto", 2, "Error: Steps."),
+        (lambda: trainer.NoLabelledImage("None."), "auto", 2, "Error: None."),
+        (lambda: selftest.ProcessFailed("Code 9."), "auto", 2, "Code 9."),
+        (lambda: checkpoint.CannotRestore("Other."), "auto", 2, "Other."),
+        (lambda: OSError(28, "No space left"), "auto", 2, "No space left"),
+        (
+            lambda: _of_tensorflow(tf.errors.PermissionDeniedError),
+            "auto",
+            2,
+            "Error: First line.",
+        ),
+        (
+            lambda: _of_tensorflow(tf.errors.ResourceExhaustedError),
+            "auto",
+            2,
+            "--accumulate_steps",
+        ),
+        (_stream_error, "auto", 2, "Error: Of 9 images, 9 did not decode."),
+        (lambda: cloud_tpu.AwayError("Preempted."), "auto", 75, "Lost the TPU"),
+        (
+            lambda: _of_tensorflow(tf.errors.UnavailableError),
+            "multi_worker",
+            75,
+            "Lost the TPU or another machine",
+        ),
+        (
+            lambda: _of_tensorflow(tf.errors.FailedPreconditionError),
+            "tpu",
+            75,
+            "Lost the TPU or another machine",
+        ),
+        # Here is no other machine that could be lost.
+        (
+            lambda: _of_tensorflow(tf.errors.UnavailableError),
+            "auto",
+            75,
+            "A file system or server does not answer",
+        ),
+    ],
+)
+def test_main_error_in_the_work_ends_with_its_code_and_one_paragraph(
+    make_error, strategy, code, message, capsys, monkeypatch
+):
+    words = (f"--strategy={strategy}", "--dataset=photo_patches")
+    assert _main(make_error(), *words, monkeypatch=monkeypatch) == code
+    written = capsys.readouterr().err
+    assert message in written
+    assert "A stack of calls." not in written
+    assert "Traceback" not in written
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _of_tensorflow(tf.errors.FailedPreconditionError),
+        _of_tensorflow(tf.errors.InvalidArgumentError),
+        ValueError("a shape does not fit"),
+        KeyError("name"),
+    ],
+)
+def test_main_defect_in_the_work_keeps_its_traceback(error, monkeypatch):
+    with pytest.raises(type(error)) as raised:
+        _main(error, "--dataset=photo_patches", monkeypatch=monkeypatch)
+    assert raised.value is error
+
+
+def _png_with_damaged_pixels(path, size):
+    """Writes a PNG whose header and end are whole, and whose pixels are not."""
+    content = io.BytesIO()
+    Image.new("RGB", size, "gray").save(content, "PNG")
+    data = bytearray(content.getvalue())
+    start = data.index(b"IDAT")
+    length = int.from_bytes(data[start - 4 : start], "big")
+    body = slice(start + 4, start + 4 + length)
+    data[body] = bytes(length)
+    checksum = zlib.crc32(data[start : body.stop])
+    data[body.stop : body.stop + 4] = checksum.to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def test_main_with_many_undecodable_images_ends_with_their_number(
+    tmp_path, capsys
+):
+    """More than 1 % of them, which shows only while they are read."""
+    for index in range(24):
+        path = tmp_path / "images" / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        size = (200 + index, 200)
+        if index % 2:
+            _png_with_damaged_pixels(path, size)
+        else:
+            Image.new("RGB", size, "gray").save(path)
+    code = program.main(
+        *_SMALL,
+        f"--dataset={tmp_path / 'images'}",
+        "--train_split=all",
+        "--train_batch_size=8",
+        "--train_steps=9",
+        f"--model_dir={tmp_path / 'run'}",
+    )
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: Of 24 images of ")
+    assert "11 did not decode" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("objective", ["simclr", "relic"])
+def test_main_with_a_batch_of_one_image_ends_before_training(
+    objective, tmp_path, capsys
+):
+    words = [*_SMALL, f"--objective={objective}", f"--model_dir={tmp_path}"]
+    assert program.main(*words, "--train_batch_size=1") == 2
+    assert "--train_batch_size must be at least 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_main_after_a_divergence_has_recorded_the_steps_before_it(
+    tmp_path, capsys, caplog
+):
+    code = program.main(
+        f"--model_dir={tmp_path}",
+        *_SMALL,
+        "--warmup_epochs=0",
+        "--checkpoint_steps=1",
+        "--train_summary_steps=100",
+        "--train_steps=30",
+        "--optimizer=momentum",
+        "--learning_rate=1e30",
+    )
+    assert code == 3
+    error = capsys.readouterr().err
+    assert "Training stopped" in error
+    assert "learning rate" in error
+    step = int(error.split(" at step ")[1].split(".")[0])
+    # The step is no multiple of 100: its point is there because it diverged.
+    points = reporting.read_events(str(tmp_path)).scalars["train/loss"]
+    assert points[-1, 0] == step
+    assert f"step {step}/30" in caplog.text
+    # Whatever was saved is finite.
+    latest = tf.train.latest_checkpoint(str(tmp_path))
+    if latest:
+        reader = tf.train.load_checkpoint(latest)
+        for name, dtype in reader.get_variable_to_dtype_map().items():
+            if dtype.is_floating:
+                assert np.isfinite(reader.get_tensor(name)).all()
+
+
+def test_signals_of_one_run_are_not_those_of_the_next():
+    with run._Signals() as first:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with run._Signals() as second:
+        pass
+    assert (first.received, second.received) == (signal.SIGTERM, 0)
+
+
+# Evaluation of a run in another process.
+
+
+@pytest.fixture(scope="module")
+def half_trained(tmp_path_factory):
+    """A run with a checkpoint of 2 steps, of which 4 were asked for."""
+    directory = tmp_path_factory.mktemp("half") / "run"
+    words = [f"--model_dir={directory}", *_SMALL, "--train_summary_steps=0"]
+    assert program.main(*words, "--train_steps=2") == 0
+    record = json.loads((directory / "run.json").read_text())
+    record["train_steps"] = 4
+    (directory / "run.json").write_text(json.dumps(record))
+    return directory
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Steps that were evaluated; nothing is computed, and polls are fast."""
+    steps = []
+    monkeypatch.setattr(run, "_SECONDS_BETWEEN_POLLS", 0.01)
+    monkeypatch.setattr(
+        experiment.Run, "evaluate", lambda _, step: steps.append(step)
+    )
+    return steps
+
+
+def test_eval_of_a_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.touch()
+    assert program.main("--mode=eval", f"--model_dir={path}") == 2
+    assert f"{path} is a file" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_that_never_starts_ends_after_the_timeout(
+    tmp_path, capsys, caplog, evaluated
+):
+    words = ["--mode=eval", f"--model_dir={tmp_path}"]
+    assert program.main(*words, "--eval_timeout_minutes=0.001") == 75
+    assert f"Waiting for a trainer to write run.json in {tmp_path}" in (
+        caplog.text
+    )
+    assert "No trainer wrote run.json" in capsys.readouterr().err
+    assert not evaluated
+
+
+def test_eval_of_a_run_whose_trainer_died_ends_after_its_checkpoints(
+    half_trained, tmp_path, capsys, caplog, evaluated
+):
+    directory = tmp_path / "run"
+    shutil.copytree(half_trained, directory)
+    for path in directory.iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert program.main("--mode=eval", f"--model_dir={directory}") == 75
+    assert evaluated == [2]
+    assert f"Waiting for checkpoints in {directory}" in caplog.text
+    assert "for at most 120 minutes" in caplog.text
+    error = capsys.readouterr().err
+    assert f"The trainer of {directory} is gone" in error
+    assert "--eval_timeout_minutes=120" in error
+
+
+def test_eval_of_a_run_that_lives_goes_on_to_its_last_checkpoint(
+    half_trained, tmp_path, monkeypatch, evaluated
+):
+    directory = tmp_path / "run"
+    shutil.copytree(half_trained, directory)
+    checks = []
+
+    def check(*arguments):
+        checks.append(check_trainer(*arguments))
+        if len(checks) == 3:  # the run is shortened while it is followed
+            record = json.loads((directory / "run.json").read_text())
+            record["train_steps"] = 3
+            (directory / "run.json").write_text(json.dumps(record))
+            for name in ("index", "data-00000-of-00001"):
+                shutil.copy(
+                    directory / f"ckpt-2.{name}", directory / f"ckpt-3.{name}"
+                )
+            state = (directory / "checkpoint").read_text()
+            (directory / "checkpoint").write_text(
+                state.replace("ckpt-2", "ckpt-3")
+            )
+
+    check_trainer = run._check_trainer_lives
+    monkeypatch.setattr(run, "_check_trainer_lives", check)
+    monkeypatch.setattr(
+        checkpoint,
+        "checkpoint_step",
+        lambda path: int(path.rpartition("-")[2]),
+    )
+    assert program.main("--mode=eval", f"--model_dir={directory}") == 0
+    assert evaluated == [2, 3]
