@@ -228,6 +228,15 @@ def write_run(directory: str, run: dict[str, Any]) -> None:
     tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
 
 
+def why_unreachable(path: str) -> str | None:
+    """Returns why a file system does not answer for a path; None if it does."""
+    try:
+        tf.io.gfile.exists(path)
+    except tf.errors.OpError as error:
+        return error.message.splitlines()[0]
+    return None
+
+
 def run_directory(path: str) -> str:
     """Returns the run directory that a checkpoint's path names or is in."""
     return path if tf.io.gfile.isdir(path) else os.path.dirname(path) or "."

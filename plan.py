@@ -131,13 +131,17 @@ def _checkpoints(
         else f"{_num_checkpoints(config):,}, every "
         f"{config.checkpoint_steps:,} steps"
     )
-    found = tf.train.latest_checkpoint(settings.model_dir)
-    at = checkpoint_lib.checkpoint_step(found) if found else 0
-    return (
+    kept = (
         f"{every}, the last {config.keep_checkpoint_max} kept, in "
         f"{settings.model_dir}; "
-        + (f"goes on from step {at:,}" if found else "none is there yet")
     )
+    reason = checkpoint_lib.why_unreachable(settings.model_dir)
+    if reason:
+        return f"{kept}whether one is there is not known: {reason}"
+    found = tf.train.latest_checkpoint(settings.model_dir)
+    if not found:
+        return f"{kept}none is there yet"
+    return f"{kept}goes on from step {checkpoint_lib.checkpoint_step(found):,}"
 
 
 def _input_bytes(config: trainer.TrainConfig, run: experiment.Run) -> int:
@@ -155,9 +159,12 @@ def _state_bytes(
 ) -> tuple[int, int] | None:
     """Returns the bytes of the networks, and of all that is saved."""
     start = run.settings.checkpoint
-    files = (start, f"{start}.index")  # directory or file; prefix of files
-    if start and not any(map(tf.io.gfile.exists, files)):
-        return None
+    if start:
+        files = (start, f"{start}.index")  # directory or file; prefix of files
+        if checkpoint_lib.why_unreachable(start) or not any(
+            map(tf.io.gfile.exists, files)
+        ):
+            return None
     trainer.freeze(config, run.networks)
     optimizers = trainer.build_optimizers(config, run.networks)
     networks = sum(

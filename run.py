@@ -79,6 +79,8 @@ _FILE_ERRORS = (
     tf.errors.AlreadyExistsError,
     tf.errors.DataLossError,
 )
+# In errors of several classes where a bucket cannot be reached.
+_OF_NETWORK = "Error executing an HTTP request"
 # Errors of user input that only show while the prepared work is done. Others
 # are defects of this program, and end with a traceback.
 _INPUT_ERRORS_OF_WORK = (
@@ -1104,9 +1106,11 @@ def _outcome(error: Exception, settings: Settings) -> tuple[int, str] | None:
     message = data.undecodable_images_message(error)
     if message:
         return _EXIT_USAGE, f"Error: {message}"
-    if lost := _lost(error, settings):
+    is_of_network = _OF_NETWORK in str(error)
+    lost = None if is_of_network else _lost(error, settings)
+    if lost:
         return lost
-    if isinstance(error, devices.LOST):
+    if is_of_network or isinstance(error, devices.LOST):
         return _EXIT_TRY_AGAIN, (
             f"A file system or server does not answer: {_one_paragraph(error)}"
             "\nThe same command resumes from the last checkpoint."
@@ -1244,7 +1248,10 @@ def _inherited_values() -> dict[str, Any]:
     else:
         names, path = _INHERITED, FLAGS.checkpoint
     values: dict[str, Any] = {}
-    if path and path != _FROM_SCRATCH:
+    if not path or path == _FROM_SCRATCH:
+        return values
+    # A dry run says so, and plans without it.
+    if not (FLAGS.dry_run and checkpoint_lib.why_unreachable(path)):
         foreign = checkpoint_lib.read_published(
             path, target=FLAGS.evaluate_target
         )

@@ -107,6 +107,16 @@ def _of_tensorflow(kind, message="First line.\n\nA stack of calls."):
             75,
             "Lost the TPU or another machine",
         ),
+        # A bucket, wherever the devices are.
+        (
+            lambda: _of_tensorflow(
+                tf.errors.FailedPreconditionError,
+                "Error executing an HTTP request: Could not resolve host.",
+            ),
+            "tpu",
+            75,
+            "A file system or server does not answer: Error executing",
+        ),
         # Here is no other machine that could be lost.
         (
             lambda: _of_tensorflow(tf.errors.UnavailableError),

@@ -314,6 +314,28 @@ def test_what_differs_is_not_left_behind(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == [export.CARD]
 
 
+def test_write_of_outputs_with_other_names_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_read", lambda *_: {"another": np.zeros(3)})
+    networks = _networks(num_classes=0)
+    card = export.write(networks, str(tmp_path), ["keras"], _images(), {})
+    assert "nothing to compare" in card["formats"]["keras"]["refused"]
+    assert [path.name for path in tmp_path.iterdir()] == [export.CARD]
+
+
+def test_write_of_an_encoder_without_batchnorm_has_no_epsilon(tmp_path):
+    networks = _networks(encoder="efficientnet_v2_s", num_classes=0)
+    images = keras.Input((None, None, 3))
+    features = keras.layers.GlobalAveragePooling2D()(
+        keras.layers.Conv2D(networks.encoder.output_shape[-1], 3)(images)
+    )
+    networks = dataclasses.replace(
+        networks, encoder=keras.Model(images, features)
+    )
+    card = export.write(networks, str(tmp_path), ["keras"], _images(2), {})
+    assert card["batch_norm_epsilon"] is None
+    assert "refused" not in card["formats"]["keras"]
+
+
 def test_an_export_replaces_the_one_before(tmp_path):
     networks = _networks(num_classes=0)
     (tmp_path / "notes.txt").write_text("of the user")

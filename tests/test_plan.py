@@ -154,6 +154,34 @@ def test_the_script_of_recipes(tmp_path, recipe, what, steps, linear_steps):
     assert "known once" in linear["sizes"]
 
 
+def test_plan_of_a_checkpoint_that_cannot_be_reached_is_of_all_else(
+    capsys, monkeypatch
+):
+    """As the second stage of a recipe where there is no network."""
+
+    def exists(path):
+        if path.startswith("gs://"):
+            raise tf.errors.FailedPreconditionError(
+                None, None, "Could not resolve host.\nwhen reading gs://b/x"
+            )
+        return gfile_exists(path)
+
+    gfile_exists = tf.io.gfile.exists
+    monkeypatch.setattr(tf.io.gfile, "exists", exists)
+    plan = _plan(
+        capsys,
+        "--train_mode=finetune",
+        "--mode=train_then_eval",
+        "--preset=linear_eval_simclr",
+        "--dataset=imagenet2012",
+        "--checkpoint=gs://bucket/run",
+        "--model_dir=gs://bucket/linear",
+    )
+    assert "classifier on gs://bucket/run, imagenet2012" in plan["training"]
+    assert "not known: Could not resolve host." in plan["checkpoints"]
+    assert "known once gs://bucket/run is there" in plan["sizes"]
+
+
 @pytest.mark.parametrize(
     ("code", "is_soon", "goes_on"),
     [

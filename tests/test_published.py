@@ -831,6 +831,36 @@ def test_training_starts_from_the_file_and_its_heads_are_not_there():
         checkpoint.restore_pretrained(path, other)
 
 
+def test_main_parses_a_published_file_once_until_it_changes(
+    tmp_path, monkeypatch
+):
+    """First for its architecture, then for its weights."""
+    path = tmp_path / "encoder.pkl"
+    shutil.copy(GOLDEN / "tiny_pretrain.pkl", path)
+    parsed, read_pickle = [], checkpoint.unpickling.read_pickle
+
+    def count(path):
+        parsed.append(path)
+        return read_pickle(path)
+
+    monkeypatch.setattr(checkpoint.unpickling, "read_pickle", count)
+    words = [
+        "--train_mode=finetune",
+        "--dataset=photo_patches",
+        f"--checkpoint={path}",
+        "--train_batch_size=8",
+        "--train_steps=1",
+    ]
+    assert program.main(*words, f"--model_dir={tmp_path / 'run'}") == 0
+    assert len(parsed) == 1
+    checkpoint.read_published(str(path))
+    checkpoint.read_published(str(path))
+    assert len(parsed) == 2
+    path.write_bytes((GOLDEN / "tiny_pretrain.pkl").read_bytes() + b"\0")
+    checkpoint.read_published(str(path))
+    assert len(parsed) == 3
+
+
 def test_a_run_beside_a_published_file_does_not_hide_it(tmp_path, golden):
     """As when a model is fine-tuned in the directory of its checkpoint."""
     shutil.copy(GOLDEN / "tiny_pretrain.pkl", tmp_path)
