@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the program runs: TPU, GPUs or CPU, as a `tf.distribute` strategy."""
 
+import functools
 import json
 import os
 import pathlib
@@ -145,7 +146,7 @@ def make_strategy(
     else:
         name = "one_device" if first_alone else name
         strategy = _host_strategy(name, cpu_replicas)
-        _compile_quietly_once()
+        _compile_quietly()
     logging.info(
         "%s of %d: %s",
         type(strategy).__name__,
@@ -293,7 +294,8 @@ def _host_strategy(name: str, cpu_replicas: int) -> tf.distribute.Strategy:
     )
 
 
-def _compile_quietly_once() -> None:
+@functools.cache  # once a process
+def _compile_quietly() -> None:
     """Has XLA compile a function while standard error is closed.
 
     For the first one of a process, it writes two lines of its own there, past

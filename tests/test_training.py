@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 
 import keras
@@ -99,7 +100,15 @@ def killed(tmp_path_factory):
 def whole(tmp_path_factory):
     """The same run, never interrupted."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    _start(directory, *_TRAIN, "--mode=train_then_eval").finish()
+    process = processes.Process(
+        "run.py",
+        f"--model_dir={directory}",
+        *_TRAIN,
+        "--mode=train_then_eval",
+        # What users see who have not set it.
+        environment={"TF_CPP_MIN_LOG_LEVEL": None},
+    )
+    (directory.parent / "log").write_text(process.finish().stderr)
     return directory
 
 
@@ -163,6 +172,13 @@ def test_a_second_process_evaluates_until_training_is_done(killed, whole):
     assert points[-1].step == _STEPS
 
 
+def test_log_of_a_run_has_no_lines_of_libraries(whole):
+    lines = (whole.parent / "log").read_text().splitlines()
+    assert len(lines) > 5
+    own = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} |  ")
+    assert [line for line in lines if not own.match(line)] == []
+
+
 def test_a_run_explains_itself(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["flags"]["temperature"] == 0.1
@@ -195,6 +211,7 @@ def test_fine_tuning_moves_nothing_that_is_frozen(
         "--mode=train_then_eval",
         f"--fine_tune_after_block={after_block}",
         "--dataset=photo_patches",
+        "--eval_split=test[:200]",
         "--train_batch_size=32",
         "--train_steps=2",
     )
@@ -259,6 +276,7 @@ def test_bfloat16_trains(tmp_path):
             "--mixed_precision",
             "--train_steps=2",
             "--mode=train_then_eval",
+            "--eval_split=test[:200]",
         )
     finally:
         keras.mixed_precision.set_global_policy("float32")
@@ -440,7 +458,8 @@ def semppl(tmp_path_factory):
         "--queue_size=40",
         "--sempos_negatives=sempos",
         "--drop_same_label_negatives",
-        "--pseudo_label_start_epoch=0.0128",  # 4 steps
+        "--train_split=train[:40%]",
+        "--pseudo_label_start_epoch=0.032",  # 4 steps
         "--train_summary_steps=1",
     ]
     return _stopped_and_whole(folder, words)
@@ -453,11 +472,13 @@ def _stopped_and_whole(folder, words):
 
     def stopping(*arguments):
         calls = iter(range(1, 100))
-        train(*arguments[:-1], lambda: next(calls) == 5)
+        train(
+            *arguments[:-1],
+            lambda: signal.SIGTERM if next(calls) == 5 else 0,
+        )
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer, "train", stopping)
-        patched.setattr(run._Signals, "received", signal.SIGTERM)
         code = program.main(f"--model_dir={folder / 'stopped'}", *words)
         assert code == 128 + signal.SIGTERM
         patched.undo()
@@ -543,6 +564,7 @@ def test_the_target_can_be_fine_tuned_on_the_labelled_images(
         "--evaluate_target",
         "--train_on_labelled",
         "--dataset=photo_patches",
+        "--train_split=train[:40%]",
         "--train_batch_size=32",
         "--train_steps=1",
     )
@@ -576,7 +598,7 @@ def test_ids_are_of_one_split(semppl, tmp_path, capsys):
         "--train_split=train[50%:]",
     )
     assert code == 2
-    assert "needs --train_split=train" in capsys.readouterr().err
+    assert "needs --train_split=train[:40%]" in capsys.readouterr().err
 
 
 def _loss(objective, *, has_positive=False, **hyperparameters):
