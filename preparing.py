@@ -68,7 +68,7 @@ def prepare(builder: Any, name: str) -> None:
         with lines, contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
     except Exception as error:  # of any library between here and the server
-        raise ValueError(explain(builder, name, error)) from error
+        raise ValueError(_explain(builder, name, error)) from error
     logging.info(
         "Prepared %s in %.0f s: %s.",
         name,
@@ -145,7 +145,12 @@ def _require_imagenet(builder: Any) -> None:
         raise FileNotFoundError(f"{' and '.join(missing)} missing")
 
 
-def explain(builder: Any, name: str, error: BaseException) -> str:
+def explain_import(error: ImportError) -> str:
+    """Returns why a builder cannot be imported, and what helps."""
+    return _missing_package(list(_causes(error))) or str(error)
+
+
+def _explain(builder: Any, name: str, error: BaseException) -> str:
     """Returns one paragraph: why the preparation failed, and what helps."""
     causes = list(_causes(error))
     reason = (
@@ -176,16 +181,14 @@ def _first(causes: Sequence[BaseException], kinds: Any) -> Any:
 
 
 def _missing_package(causes: Sequence[BaseException]) -> str:
-    if not _first(causes, ImportError):
-        return ""
-    modules = [
+    names = [
         cause.name
         for cause in causes
         if isinstance(cause, ImportError) and cause.name
     ]
-    if not modules:
+    if not names:
         return ""
-    module = modules[0].split(".")[0]
+    module = names[0].split(".")[0]
     package = _PACKAGES.get(module, module)
     return (
         f"the Python package {package!r} is missing. Install it: "
@@ -227,7 +230,7 @@ def _url(builder: Any, causes: Iterable[BaseException]) -> str:
         if getattr(request, "url", None):
             return str(request.url)  # type: ignore[union-attr]
         if found := re.search(r"(https?|ftp)://[^\s'\",)]+", str(cause)):
-            return found.group().rstrip(".")
+            return found.group().rstrip(".:;")
     return " or ".join(builder.url_infos or ()) or "a file"
 
 

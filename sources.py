@@ -416,6 +416,10 @@ def tfds_builder(
             f"Similar names: {close}. A folder of images needs a separator in "
             f"its name: {os.path.join('.', name)!r}."
         ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"TFDS cannot read {name!r}: {preparing.explain_import(error)}"
+        ) from error
     if prepare and not builder.is_prepared():
         preparing.prepare(builder, name)
     return builder
