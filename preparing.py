@@ -266,14 +266,17 @@ def _missing_archives(builder: Any, causes: Sequence[BaseException]) -> str:
     error = _first(causes, _MISSING_FILES)
     if not instructions or error is None:
         return ""
-    files = " and ".join(_archives(builder)) or "its files"
+    archives = " and ".join(_archives(builder))
+    files = f"{archives}, as they are," if archives else "its files"
     optional = ""
     if builder.name == "imagenet2012":
         optional = (
             "ILSVRC2012_img_test.tar, whose labels are not public, is optional."
         )
+    # TFDS's own message may quote the instructions, too.
+    detail = "" if "instructions" in str(error) else f"({error})"
     return (
-        f"{files} must be downloaded by hand and put, as they are, into "
+        f"{files} must be downloaded by hand and put into "
         f"{_manual_dir(builder)!r}. {optional} TFDS says: {instructions} "
-        f"({error})"
+        f"{detail}"
     )

@@ -329,8 +329,9 @@ def open_npz(path: str, split: str) -> Dataset:
             with np.load(content) as archive:
                 arrays = dict(archive)
     except _BAD_ARCHIVE as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"No .npz archive can be read here. Received: {path!r} ({error})."
+            f"No .npz archive can be read here. Received: {path!r} ({reason})."
         ) from error
     images, labels = _npz_part(path, arrays, "")
     notes = []

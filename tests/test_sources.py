@@ -30,8 +30,11 @@ def write_pictures(root, names, **picture):
     return str(root)
 
 
-def write_records(root, num_examples, static, per_shard):
-    """Writes a TFDS dataset of PNGs, label = id // 8, in several shards."""
+def write_records(root, num_examples, static, per_shard, hidden=()):
+    """Writes a TFDS dataset of PNGs, label = id // 8, in several shards.
+
+    Examples whose numbers are `hidden` have the label -1.
+    """
     shape = (12, 12, 3) if static else (None, None, 3)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
@@ -53,7 +56,10 @@ def write_records(root, num_examples, static, per_shard):
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=per_shard)
     writer.initialize_splits(["train"])
     examples = [
-        {"image": np.asarray(_picture(i, (12, 12))), "label": i // 8}
+        {
+            "image": np.asarray(_picture(i, (12, 12))),
+            "label": -1 if i in hidden else i // 8,
+        }
         for i in range(num_examples)
     ]
     writer.add_examples({"train": examples})

@@ -232,6 +232,15 @@ def test_unreachable_bucket_is_outlined_from_imagenet(monkeypatch):
         data.load("gs://bucket/photos")
 
 
+def test_unreachable_archive_is_one_line(monkeypatch):
+    def fail(path):
+        raise tf.errors.FailedPreconditionError(None, None, "no\n\t network")
+
+    monkeypatch.setattr(storage, "open_binary", fail)
+    with pytest.raises(ValueError, match="gs://b/x.npz' .no network.[.]$"):
+        data.load("gs://b/x.npz")
+
+
 def test_file_names_of_a_google_bucket_need_one_request_a_folder(monkeypatch):
     """Google's listings mark folders; other systems are asked."""
     listings = {
