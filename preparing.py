@@ -18,6 +18,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.download import download_manager
 
+import storage
+
 _SECONDS_BETWEEN_LINES = 30.0
 # Packages whose name differs from that of the module.
 _PACKAGES = {"bs4": "beautifulsoup4", "cv2": "opencv-python", "PIL": "pillow"}
@@ -90,12 +92,14 @@ def _lines(builder: Any, name: str) -> Iterator[None]:
                 max(_bytes_below(folder) - size, 0) / 1e6
                 for folder, size in zip(folders, before, strict=True)
             )
+            sizes = (
+                f"{downloaded:.0f} MB downloaded and extracted, "
+                f"{written:.0f} MB written, "
+            )
             logging.info(
-                "Preparing %s: %.0f MB downloaded and extracted, %.0f MB "
-                "written, %.0f s.",
+                "Preparing %s: %s%.0f s so far.",
                 name,
-                downloaded,
-                written,
+                "" if storage.is_remote(folders[0]) else sizes,
                 time.monotonic() - started,
             )
 
@@ -109,7 +113,7 @@ def _lines(builder: Any, name: str) -> Iterator[None]:
 
 
 def _bytes_below(folder: str) -> int:
-    """Returns the size of all files below a local folder; 0 of a bucket."""
+    """Returns the size of all files below a local folder."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -135,14 +139,9 @@ def _require_imagenet(builder: Any) -> None:
     """
     if builder.name != "imagenet2012":
         return
-    folder = _manual_dir(builder)
-    missing = [
-        name
-        for name in _archives(builder)
-        if not tf.io.gfile.exists(os.path.join(folder, name))
-    ]
+    missing = _absent_archives(builder)
     if missing:
-        raise FileNotFoundError(f"{' and '.join(missing)} missing")
+        raise FileNotFoundError(f"Not there: {' and '.join(missing)}")
 
 
 def explain_import(error: ImportError) -> str:
@@ -159,7 +158,7 @@ def _explain(builder: Any, name: str, error: BaseException) -> str:
         or _failed_download(builder, name, causes)
         or _failed_storage(builder, causes)
         or _missing_archives(builder, causes)
-        or f"{type(error).__name__}: {error}"
+        or _other_failure(builder, error)
     )
     paragraph = (
         f"{name!r} is not prepared in {str(builder.data_dir)!r}, and preparing "
@@ -261,10 +260,22 @@ def _archives(builder: Any) -> list[str]:
     return _IMAGENET_ARCHIVE.findall(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
 
 
+def _absent_archives(builder: Any) -> list[str]:
+    """Returns those of `_archives` that are not in the manual folder."""
+    folder = _manual_dir(builder)
+    return [
+        name
+        for name in _archives(builder)
+        if not tf.io.gfile.exists(os.path.join(folder, name))
+    ]
+
+
 def _missing_archives(builder: Any, causes: Sequence[BaseException]) -> str:
     instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     error = _first(causes, _MISSING_FILES)
     if not instructions or error is None:
+        return ""
+    if _archives(builder) and not _absent_archives(builder):
         return ""
     archives = " and ".join(_archives(builder))
     files = f"{archives}, as they are," if archives else "its files"
@@ -279,4 +290,14 @@ def _missing_archives(builder: Any, causes: Sequence[BaseException]) -> str:
         f"{files} must be downloaded by hand and put into "
         f"{_manual_dir(builder)!r}. {optional} TFDS says: {instructions} "
         f"{detail}"
+    )
+
+
+def _other_failure(builder: Any, error: BaseException) -> str:
+    reason = f"{type(error).__name__}: {error}"
+    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        return reason
+    return (
+        f"{reason}. Are the files in {_manual_dir(builder)!r} complete? They "
+        "were downloaded by hand."
     )
