@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data in a bucket: TensorFlow's file system in memory stands for gs://."""
 
+import json
 import os
 import pathlib
 
 import numpy as np
+import program
 import pytest
 import tensorflow as tf
 from etils.epath import gpath, register
@@ -101,6 +103,27 @@ def test_bucket_folder_of_large_images_is_cropped_from_the_bucket(
     assert not remote.undecodable
     assert batch["weight"].tolist() == [1, 1, 1, 1]
     assert batch["label"].tolist() == [0, 0, 1, 1]
+
+
+def test_run_on_a_bucket_folder_is_evaluated_on_its_test_split(
+    tmp_path, upload
+):
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(80)]
+    bucket = upload(write_pictures(tmp_path / "images", names, size=(16, 16)))
+    code = program.main(
+        "--mode=train_then_eval",
+        f"--dataset={bucket}",
+        f"--model_dir={tmp_path}/run",
+        "--resnet_depth=10",
+        "--width_multiplier=0.125",
+        "--train_batch_size=8",
+        "--train_steps=2",
+    )
+    assert code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    local = data.load(str(tmp_path / "images"), "test")
+    assert result["split"] == "test"
+    assert result["num_examples"] == local.num_examples > 2
 
 
 def test_fingerprint_of_a_bucket_changes_with_a_file(tmp_path, upload):
