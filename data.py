@@ -22,6 +22,7 @@ from absl import logging
 import data_util
 import saliency as saliency_lib
 import sources
+import storage
 from sources import Arrays, Dataset, Files, Records
 
 _FOREVER = 1 << 30  # steps
@@ -51,13 +52,17 @@ def load(
 
             - "photo_patches", built in: see `sources.photo_patches`;
             - a TFDS name, e.g. "cifar10" or "imagenet2012_subset/1pct";
-            - a folder, with a separator in its name ("./flowers"): a prepared
-              TFDS folder, or JPEG, PNG, BMP and GIF images as `class/image`,
-              `split/class/image`, or without labels as `image` or
-              `split/image`. Without split folders, the tenth of the files
-              whose path hashes so is "test", the rest "train";
-            - "path.npz": uint8 `images [N, H, W, C]`, optionally integer
-              `labels [N]`, -1 for none; its one split is "train".
+            - a folder, with a separator in its name ("./flowers"), or in a
+              bucket ("gs://bucket/flowers"): a prepared TFDS folder, or JPEG,
+              PNG, BMP and GIF images as `class/image`, `split/class/image`, or
+              without labels as `image` or `split/image`. Without split
+              folders, a tenth of the files, chosen by a hash of the path, is
+              "test", the rest "train";
+            - "path.npz", also in a bucket: uint8 `images [N, H, W, C]`,
+              optionally integer `labels [N]`, -1 for none. Split "test" is
+              `images_test`, with the optional `labels_test`; if there is no
+              `images_test`, a tenth of the images, chosen by a hash of their
+              number. The rest is "train".
         split: a split, or an expression of TFDS: "train[:90%]", "train+test";
             "all" is every split, of a folder in the order of the paths.
         data_dir: where TFDS keeps its datasets; its own default if None.
@@ -75,22 +80,24 @@ def load(
             images in memory now, of others as they are read.
 
     Raises:
-        ValueError: if there is no such dataset, split, folder, image,
-            estimator or mask, or it cannot be prepared or decoded to
-            `channels`.
+        NoSuchSplit: a ValueError, if the split does not exist or is empty.
+        ValueError: if there is no such dataset, folder, image, estimator or
+            mask, or it cannot be reached, prepared or decoded to `channels`.
     """
     path = os.path.expanduser(name)
-    is_tfds = sources.is_tfds_folder(path)
+    is_archive = path.endswith(".npz")
+    is_folder = not is_archive and storage.is_folder(path)
+    is_tfds = is_folder and sources.is_tfds_folder(path)
     if name == sources.PHOTO_PATCHES:
         dataset = sources.photo_patches(split)
-    elif path.endswith(".npz"):
+    elif is_archive:
         dataset = sources.open_npz(path, split)
-    elif os.sep in path and os.path.isdir(path) and not is_tfds:
+    elif os.sep in path and is_folder and not is_tfds:
         dataset = sources.open_folder(path, split, channels, memory_limit)
-    elif name.startswith((os.sep, ".", "~")) and not is_tfds:
+    elif _is_path(name) and not is_tfds:
         raise ValueError(
             f"There is no such folder. Received: name={name!r}, that is "
-            f"{os.path.abspath(path)!r}."
+            f"{storage.full_path(path)!r}."
         )
     else:
         builder = sources.tfds_builder(path, data_dir)
@@ -116,9 +123,10 @@ def outline(
 ) -> Dataset:
     """Returns what is known here of a split, without downloading anything.
 
-    For what needs the shapes of its batches alone: files of this machine are
-    opened as `load` does it; of TFDS datasets, features and, where they have
-    been prepared, sizes are known; all else is taken from ImageNet.
+    For what needs the shapes of its batches alone: folders and archives that
+    can be reached are opened as `load` does it; of TFDS datasets, features
+    and, where they have been prepared, sizes are known; all else is taken
+    from ImageNet.
 
     Args:
         name: as `load`'s.
@@ -131,17 +139,16 @@ def outline(
             cannot be opened.
     """
     path = os.path.expanduser(name)
-    is_path = os.sep in path or path.endswith(".npz")
-    is_tfds = sources.is_tfds_folder(path)
-    is_here = is_path and os.path.exists(path) and not is_tfds
-    if is_here or name == sources.PHOTO_PATCHES:
+    is_archive = path.endswith(".npz")
+    is_here = (os.sep in path or is_archive) and _is_here(path)
+    is_tfds = _is_here(os.path.join(path, "dataset_info.json"))
+    if is_here and not is_tfds or name == sources.PHOTO_PATCHES:
         return load(name, split, channels=channels)
     # Of a relative path, only a look at TFDS's names says what it is.
-    is_elsewhere = path.startswith((os.sep, ".")) or "://" in path
-    if is_elsewhere and not is_tfds or path.endswith(".npz"):
+    if is_archive or _is_path(name) and not is_tfds:
         dataset = sources.outline_unknown(name, split, channels)
     else:
-        if data_dir and not _is_folder(data_dir):
+        if data_dir and not _is_here(data_dir):
             data_dir = os.devnull  # not where TFDS looks if there is none
         builder = sources.tfds_builder(path, data_dir, prepare=False)
         dataset = sources.outline_tfds(builder, split, channels)
@@ -150,10 +157,16 @@ def outline(
     return dataset
 
 
-def _is_folder(path: str) -> bool:
+def _is_path(name: str) -> bool:
+    """Returns whether a name can only be that of a file or folder."""
+    return name.startswith((os.sep, ".", "~")) or storage.is_remote(name)
+
+
+def _is_here(path: str) -> bool:
+    """Returns whether a file or folder exists and can be reached."""
     try:
-        return tf.io.gfile.isdir(path)
-    except tf.errors.OpError:  # no network
+        return storage.exists(path)
+    except ValueError:  # no network
         return False
 
 

@@ -34,6 +34,7 @@ import model
 import reporting
 import schedules
 import trainer
+from sources import NoSuchSplit
 
 Settings = types.SimpleNamespace  # the flags in force, by name
 
@@ -44,6 +45,8 @@ _LARGEST_SMALL_IMAGE = 32  # pixels; up to here CIFAR's stem, and no crop
 _QUEUE_BATCHES = 20
 # Modes that build what training needs.
 TRAINING_MODES = ("train", "train_then_eval", "selftest", "check_tpu")
+# Splits that are tried in turn if none is given for evaluation.
+_EVAL_SPLITS = ("test", "validation")
 _DATA_FLAGS = ("dataset", "data_dir", "train_split", "seed")
 # Flags that replace the value of an augmentation's preset.
 AUGMENTATION_OVERRIDES = tuple(
@@ -212,13 +215,57 @@ class Run:
 
     @functools.cached_property
     def eval_data(self) -> data.Dataset:
-        """The split for evaluation: test or validation if none was named."""
-        if self.settings.eval_split:
-            return self._load(self.settings.eval_split)
-        try:
-            return self._load("test")
-        except ValueError:
-            return self._load("validation")
+        """Split for evaluation: --eval_split, or the first that has labels.
+
+        Raises:
+            ValueError: if the split has no labels, or there is none to choose.
+        """
+        name, split = self.settings.dataset, self.settings.eval_split
+        if split:
+            dataset = self._load(split)
+            if labelled.has_labels(dataset):
+                return dataset
+            found, _ = self._find_eval_data()
+            others = f" Split {found.split!r} has labels." if found else ""
+            raise ValueError(
+                f"--eval_split={split} of {name} has no labels, or all of them "
+                f"are hidden.{others}"
+            )
+        found, passed_over = self._find_eval_data()
+        if found is None:
+            raise ValueError(
+                f"{name} has no split to evaluate on: {'; '.join(passed_over)}"
+                ". Name a split with labels by --eval_split."
+            )
+        logging.info(
+            "Evaluating on split %r of %s%s.",
+            found.split,
+            name,
+            "".join(f"; {reason}" for reason in passed_over),
+        )
+        return found
+
+    def _find_eval_data(self) -> tuple[data.Dataset | None, list[str]]:
+        """Returns the first split for evaluation that has labels.
+
+        Also why those before it, or all, are none.
+        """
+        reasons = []
+        for split in _EVAL_SPLITS:
+            try:
+                dataset = self._load(split)
+            except NoSuchSplit as error:
+                splits = ", ".join(error.splits)
+                reasons.append(f"there is no {split!r} among {splits}")
+                continue
+            if labelled.has_labels(dataset):
+                return dataset, reasons
+            reasons.append(
+                f"labels of {split!r} are hidden"
+                if dataset.num_classes
+                else f"{split!r} has no labels"
+            )
+        return None, reasons
 
     @functools.cached_property
     def labelled_ids(self) -> np.ndarray | None:

@@ -19,6 +19,8 @@ from sources import Dataset, Records, some
 
 _FILE = "labelled_ids.txt"
 _FILE_NAME = "file_name"  # of TFDS, where examples come from image files
+# Records at the start of each shard that `has_labels` reads at most.
+_RECORDS_LOOKED_AT = 48
 
 
 def choose(
@@ -157,6 +159,41 @@ def labels_of(dataset: Dataset) -> np.ndarray:
         return np.full(dataset.num_examples, -1, np.int32)
     labels = _read_feature(source, source.label_key, np.int64(-1))
     return labels.astype(np.int32)[dataset.example_ids]
+
+
+def has_labels(dataset: Dataset) -> bool:
+    """Returns whether any example of a split, or of a subset, has a label.
+
+    The labels of some public test sets are all -1, although the names of the
+    classes are known. Of TFRecords, at most the first 48 examples of each
+    shard are read: a shard belongs to one split.
+    """
+    source = dataset.source
+    if not dataset.num_classes:
+        return False
+    if not isinstance(source, Records):
+        return bool((labels_of(dataset) >= 0).any())
+    if not source.label_key:
+        return False
+    is_chosen = np.ones(source.takes.sum(), bool)
+    if dataset.ids is not None:
+        is_chosen = np.isin(np.arange(len(is_chosen)), dataset.ids)
+    spec = {source.label_key: tf.io.FixedLenFeature([], tf.int64, -1)}
+    first_ids = np.cumsum(source.takes) - source.takes
+
+    def read(
+        filename: Any, skip: Any, take: Any, first_id: Any
+    ) -> tf.data.Dataset:
+        records = tf.data.TFRecordDataset(filename).skip(skip).take(take)
+        records = records.enumerate(first_id)
+        records = records.filter(lambda i, _: tf.gather(is_chosen, i))
+        return records.take(_RECORDS_LOOKED_AT).map(
+            lambda _, x: tf.io.parse_single_example(x, spec)[source.label_key]
+        )
+
+    shards = (list(source.filenames), source.skips, source.takes, first_ids)
+    labels = tf.data.Dataset.from_tensor_slices(shards).flat_map(read)
+    return any(label >= 0 for label in labels.as_numpy_iterator())
 
 
 def names_of(dataset: Dataset) -> Sequence[str]:

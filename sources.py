@@ -2,15 +2,16 @@
 """Where examples come from: TFDS, folders of images, arrays, photo patches."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +21,13 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
+import preparing
+import storage
+
 ALL = "all"  # TFDS's name for every split
 # At most this side, in pixels, is shipped whole to the device; beyond it, two
 # 224-pixel crops are the smaller parcel.
 _WHOLE_IMAGE_SIDE = 128
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 # Channel counts to which TensorFlow decodes each format.
 _DECODED_CHANNELS = {"JPEG": (1, 3), "PNG": (1, 3, 4), "BMP": (3,), "GIF": (3,)}
 # Last bytes of a file that was written to its end; BMP has none.
@@ -41,6 +44,15 @@ _SPLITS = ("train", "validation", "test", "unlabelled", "unlabeled")
 _GROUP_BYTES = 1 << 30
 # Images of one size that need no more bytes are held in memory.
 MEMORY_LIMIT = 4 << 30
+# What reading a file that is no .npz archive, or a damaged one, raises.
+_BAD_ARCHIVE = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    zipfile.BadZipFile,
+    tf.errors.OpError,
+)
 # What a dataset is taken for as far as it is not known.
 _IMAGENET_EXAMPLES, _IMAGENET_CLASSES = 1_281_167, 1000
 
@@ -175,6 +187,18 @@ class Dataset:
             )
 
 
+class NoSuchSplit(ValueError):
+    """A split does not exist, or has no examples.
+
+    Attributes:
+        splits: number of examples of each split there is, by name.
+    """
+
+    def __init__(self, message: str, splits: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.splits = dict(splits)
+
+
 def some(names: Sequence[str], shown: int = 5) -> str:
     """Returns the first few of `names`, and how many more there are."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -193,11 +217,7 @@ def find_masks(dataset: Dataset, mask_dir: str) -> list[str]:
     Raises:
         ValueError: if not one is there.
     """
-    found = {
-        os.path.relpath(os.path.join(folder, name), mask_dir)
-        for folder, _, names in tf.io.gfile.walk(mask_dir)
-        for name in names
-    }
+    found = set(storage.file_names(mask_dir))
     files = []
     for example_id in range(dataset.num_examples):
         names = [f"{example_id}.png"]
@@ -209,7 +229,7 @@ def find_masks(dataset: Dataset, mask_dir: str) -> list[str]:
     if not any(files):
         raise ValueError(
             f"There are no masks of {dataset.name!r}, {dataset.split!r}, in "
-            f"{os.path.abspath(mask_dir)!r}; the last one looked for is "
+            f"{storage.full_path(mask_dir)!r}; the last one looked for is "
             f"{' or '.join(names)}. Files there: {some(sorted(found))}."
         )
     return files
@@ -219,6 +239,9 @@ def _select(split: str, sizes: dict[str, int], name: str) -> np.ndarray:
     """Returns the numbers of the examples a split expression asks for.
 
     They count through the splits of `sizes`, laid end to end.
+
+    Raises:
+        NoSuchSplit: if there are none.
     """
     infos = {
         key: tfds.core.SplitInfo(
@@ -230,7 +253,7 @@ def _select(split: str, sizes: dict[str, int], name: str) -> np.ndarray:
     unknown = None
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # "all[:50%]"
         parts, unknown = [], error
     rows = [
         starts[part.splitname]
@@ -238,12 +261,23 @@ def _select(split: str, sizes: dict[str, int], name: str) -> np.ndarray:
         for part in parts
     ]
     if not sum(map(len, rows)):
-        raise ValueError(
+        raise NoSuchSplit(
             f"There are no examples in split {split!r} of {name!r}. Its "
             f"splits are {sizes} (examples); parts such as 'train[:90%]' and "
-            "sums such as 'train+test' are understood."
+            "sums such as 'train+test' are understood.",
+            sizes,
         ) from unknown
     return np.concatenate(rows)
+
+
+def _is_held_out(name: str) -> bool:
+    """Returns whether an example is one of the tenth that is split "test".
+
+    A hash of the name alone decides, so that examples that are added later
+    move no other from one split to the other.
+    """
+    digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % 10 == 0
 
 
 def _fits_in_memory(
@@ -287,16 +321,62 @@ def _from_arrays(
 
 
 def open_npz(path: str, split: str) -> Dataset:
-    """Opens an archive of `images` and, optionally, `labels`."""
+    """Opens a split of an archive of `images` and, optionally, `labels`.
+
+    If it holds `images_test` and, optionally, `labels_test`, these are split
+    "test" and the others "train". Otherwise a tenth of the images, chosen by a
+    hash of their number, is "test".
+    """
     try:
-        with np.load(path) as archive:
-            arrays = dict(archive)
-    except (OSError, ValueError) as error:
+        with storage.open_binary(path) as file:
+            # NumPy reads a bucket in small pieces, a request each.
+            is_remote = storage.is_remote(path)
+            content = io.BytesIO(file.read()) if is_remote else file
+            with np.load(content) as archive:
+                arrays = dict(archive)
+    except _BAD_ARCHIVE as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"No .npz archive can be read here. Received: {path!r} ({error})."
+            f"No .npz archive can be read here. Received: {path!r} ({reason})."
         ) from error
-    images = arrays.get("images", np.zeros(()))
-    labels = arrays.get("labels", np.full(images.shape[:1], -1))
+    images, labels = _npz_part(path, arrays, "")
+    notes = []
+    if "images_test" in arrays:
+        test_images, test_labels = _npz_part(path, arrays, "_test")
+        if test_images.shape[1:] != images.shape[1:]:
+            raise ValueError(
+                "`images` and `images_test` must be of one size. Received: "
+                f"{path!r} with {images.shape[1:]} and {test_images.shape[1:]}."
+            )
+        sizes = {"train": len(images), "test": len(test_images)}
+        order = np.arange(sum(sizes.values()))
+        images = np.concatenate([images, test_images])
+        labels = np.concatenate([labels, test_labels])
+    else:
+        numbers = range(len(images))
+        held_out = np.array([_is_held_out(str(i)) for i in numbers], bool)
+        num_test = int(held_out.sum())
+        sizes = {"train": len(images) - num_test, "test": num_test}
+        order = np.argsort(held_out, kind="stable")
+        notes.append(
+            "no `images_test`: a tenth, chosen by a hash of the number, is "
+            "'test'"
+        )
+    rows = order[_select(split, sizes, path)]
+    if split == ALL:
+        rows.sort()
+    class_names = [str(label) for label in range(int(labels.max()) + 1)]
+    return _from_arrays(
+        path, split, images[rows], labels[rows], class_names, notes
+    )
+
+
+def _npz_part(
+    path: str, arrays: dict[str, np.ndarray], suffix: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns checked images and labels of one part of an archive."""
+    images = arrays.get(f"images{suffix}", np.zeros(()))
+    labels = arrays.get(f"labels{suffix}", np.full(images.shape[:1], -1))
     if (
         images.ndim != 4
         or images.dtype != np.uint8
@@ -305,12 +385,17 @@ def open_npz(path: str, split: str) -> Dataset:
     ):
         found = {key: (x.dtype.name, x.shape) for key, x in arrays.items()}
         raise ValueError(
-            "An .npz archive must hold `images`, uint8 [N, H, W, C], and may "
-            f"hold `labels`, integers [N]. Received: {path!r} with {found}."
+            f"An .npz archive must hold `images{suffix}`, uint8 [N, H, W, C], "
+            f"and may hold `labels{suffix}`, integers [N]. Received: {path!r} "
+            f"with {found}."
         )
-    rows = _select(split, {"train": len(images)}, path)
-    class_names = [str(label) for label in range(int(labels.max()) + 1)]
-    return _from_arrays(path, split, images[rows], labels[rows], class_names)
+    if labels.size and labels.min() < -1:
+        raise ValueError(
+            f"`labels{suffix}` must be class numbers from 0 on, or -1 for an "
+            f"image without a label. Received: {labels.min()} is the smallest "
+            f"label in {path!r}."
+        )
+    return images, labels.astype(np.int64)
 
 
 # TFDS
@@ -318,7 +403,7 @@ def open_npz(path: str, split: str) -> Dataset:
 
 def is_tfds_folder(path: str) -> bool:
     """Whether TFDS has prepared a dataset there."""
-    return os.path.exists(os.path.join(path, "dataset_info.json"))
+    return storage.exists(os.path.join(path, "dataset_info.json"))
 
 
 def tfds_builder(
@@ -338,17 +423,12 @@ def tfds_builder(
             f"Similar names: {close}. A folder of images needs a separator in "
             f"its name: {os.path.join('.', name)!r}."
         ) from error
-    if not prepare or builder.is_prepared():
-        return builder
-    try:
-        builder.download_and_prepare()
-    except Exception as error:  # of any library between here and the server
+    except ImportError as error:
         raise ValueError(
-            f"{name!r} is not prepared in {str(builder.data_dir)!r}, and "
-            f"preparing it failed: {type(error).__name__}: {error}. Run `tfds "
-            f"build {name}` on a machine with network and copy the folder "
-            "there, or name the folder that has it as `data_dir`."
+            f"TFDS cannot read {name!r}: {preparing.explain_import(error)}"
         ) from error
+    if prepare and not builder.is_prepared():
+        preparing.prepare(builder, name)
     return builder
 
 
@@ -516,8 +596,9 @@ def open_folder(
     files, others = _image_files(root)
     if not files:
         raise ValueError(
-            f"There are no images {_EXTENSIONS} in {os.path.abspath(root)!r} "
-            f"or below. Other files: {dict(others)}."
+            f"There are no images {storage.IMAGE_EXTENSIONS} in "
+            f"{storage.full_path(root)!r} or below. Other files: "
+            f"{dict(others)}."
         )
     splits, depth, notes = _folder_splits(files)
     sizes = {key: len(names) for key, names in splits.items()}
@@ -527,8 +608,8 @@ def open_folder(
         names.sort()
     channels = channels or 3
     paths = [os.path.join(root, name) for name in names]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = list(pool.map(_header, paths, itertools.repeat(channels)))
+    with storage.pool(root) as threads:
+        found = list(threads.map(_header, paths, itertools.repeat(channels)))
     headers = {n: h for n, h in zip(names, found, strict=True) if h}
     unreadable = [name for name in names if name not in headers]
     if not headers:
@@ -554,8 +635,8 @@ def open_folder(
     image_sizes = {header.size for header in headers.values()}
     size = image_sizes.pop() if len(image_sizes) == 1 else None
     if _fits_in_memory(size, channels, len(paths), memory_limit):
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            decoded = pool.map(
+        with storage.pool(root) as threads:
+            decoded = threads.map(
                 lambda path: _decode(tf.io.read_file(path), channels), paths
             )
             images = np.stack(list(decoded))
@@ -578,23 +659,15 @@ def open_folder(
 
 
 def _image_files(root: str) -> tuple[list[str], collections.Counter]:
-    """Returns sorted image paths below `root`, and a count of other files.
-
-    Hidden files and folders are left out; links are followed.
-    """
+    """Returns sorted image paths below `root`, and a count of other files."""
     images: list[str] = []
     others: collections.Counter[str] = collections.Counter()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if name[0] == ".":
-                continue
-            if extension in _EXTENSIONS:
-                path = os.path.join(folder, name)
-                images.append(os.path.relpath(path, root))
-            else:
-                others[extension or "no extension"] += 1
+    for name in storage.file_names(root):
+        extension = os.path.splitext(name)[1].lower()
+        if extension in storage.IMAGE_EXTENSIONS:
+            images.append(name)
+        else:
+            others[extension or "no extension"] += 1
     return sorted(images), others
 
 
@@ -606,12 +679,14 @@ def _header(path: str, channels: int) -> _Header | None:
     to find out.
     """
     try:
-        with Image.open(path) as image:
-            header = _Header(str(image.format), image.mode, image.size[::-1])
-        allowed = _DECODED_CHANNELS.get(header.format)
-        if allowed is None:
-            return None
-        with open(path, "rb") as file:
+        with storage.open_binary(path) as file:
+            with Image.open(file) as image:
+                header = _Header(
+                    str(image.format), image.mode, image.size[::-1]
+                )
+            allowed = _DECODED_CHANNELS.get(header.format)
+            if allowed is None:
+                return None
             file.seek(-8, os.SEEK_END)
             tail = file.read()
         is_small = max(header.size) <= _WHOLE_IMAGE_SIDE
@@ -625,6 +700,7 @@ def _header(path: str, channels: int) -> _Header | None:
         SyntaxError,
         Image.DecompressionBombError,
         tf.errors.InvalidArgumentError,
+        tf.errors.OutOfRangeError,  # the end of a remote file
     ):
         return None
     return header
@@ -636,8 +712,8 @@ def _folder_splits(
     """Returns the files of each split, depth of the class folders, and notes.
 
     The top folders are splits if one is called "train", or all bear names of
-    splits. Otherwise "test" is the tenth of the files whose path hashes so:
-    files added later move no other from one split to the other.
+    splits. Otherwise a tenth of the files, chosen by a hash of the path, is
+    "test".
     """
     tops = {name.split(os.sep)[0] for name in files if os.sep in name}
     canonical = {
@@ -655,9 +731,7 @@ def _folder_splits(
             notes.append(f"images outside them, skipped: {some(outside)}")
         return dict(splits), 1, notes
     for name in files:
-        digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
-        held_out = int.from_bytes(digest, "big") % 10 == 0
-        splits["test" if held_out else "train"].append(name)
+        splits["test" if _is_held_out(name) else "train"].append(name)
     return (
         {"train": splits["train"], "test": splits["test"]},
         0,

@@ -31,7 +31,7 @@ def sources(tmp_path_factory):
     records = data.load(str(root / "records"))
     two = dataclasses.replace(records.source, shards_per_group=2)
     return {
-        "arrays": data.load(str(root / "arrays.npz")),
+        "arrays": data.load(str(root / "arrays.npz"), "all"),
         "files": data.load(str(root / "files")),
         "records": dataclasses.replace(records, source=two),
     }

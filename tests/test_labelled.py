@@ -147,6 +147,59 @@ def test_names_of_imagenet():
     np.testing.assert_array_equal(labelled.labels_of(dataset), labels)
 
 
+@pytest.mark.parametrize(
+    ("split", "ids", "expected"),
+    [
+        ("train", None, True),
+        ("train[12:20]", None, False),
+        ("train[11:20]", None, True),
+        ("train[:4]+train[8:9]", None, True),
+        ("train", [13, 14, 19], False),
+        ("train", [13, 14, 20], True),
+        ("train[12:]", [0, 1], False),
+    ],
+)
+def test_has_labels_honours_shards_slices_and_subsets(
+    tmp_path, split, ids, expected
+):
+    """Shards of 4 records; labels of examples 12 to 19 are hidden."""
+    root = write_records(tmp_path, 24, False, 4, hidden=range(12, 20))
+    dataset = data.load(root, split)
+    assert dataset.is_encoded
+    if ids is not None:
+        dataset = data.subset(dataset, ids)
+    assert labelled.has_labels(dataset) is expected
+
+
+def test_has_labels_reads_the_start_of_each_shard_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "_RECORDS_LOOKED_AT", 3)
+    for last, expected in ((2, True), (3, False)):
+        hidden = set(range(24)) - {8 + last}
+        root = write_records(tmp_path / str(last), 24, False, 8, hidden=hidden)
+        assert labelled.has_labels(data.load(root)) is expected
+
+
+def test_has_labels_is_false_without_a_label_feature(tmp_path):
+    root = write_records(tmp_path, 8, False, 4)
+    dataset = data.load(root)
+    source = dataclasses.replace(dataset.source, label_key="")
+    assert not labelled.has_labels(dataclasses.replace(dataset, source=source))
+
+
+@pytest.mark.parametrize("memory_limit", [0, 1 << 20])
+def test_has_labels_of_images_outside_class_folders_is_false(
+    tmp_path, memory_limit
+):
+    names = ["train/a/0.png", "train/1.png", "test/2.png"]
+    root = write_pictures(tmp_path, names)
+    train = data.load(root, memory_limit=memory_limit)
+    assert labelled.has_labels(train)
+    outside = int(np.flatnonzero(labelled.labels_of(train) < 0)[0])
+    assert not labelled.has_labels(data.subset(train, [outside]))
+    test = data.load(root, "test", memory_limit=memory_limit)
+    assert not labelled.has_labels(test)
+
+
 # Files of ids or names
 
 

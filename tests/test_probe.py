@@ -33,7 +33,7 @@ def _dataset(folder, split, count):
     images[np.arange(count), :, :, labels] += 12
     path = folder / f"{split}.npz"
     np.savez(path, images=images.astype(np.uint8), labels=labels)
-    return data.load(str(path), "train")
+    return data.load(str(path), "all")
 
 
 def _encoder(seed=0):
@@ -276,7 +276,7 @@ def test_classes_must_be_the_same(splits, tmp_path):
         images=np.zeros((4, 8, 8, 3), np.uint8),
         labels=np.zeros(4, int),
     )
-    other = data.load(str(tmp_path / "c.npz"), "train")
+    other = data.load(str(tmp_path / "c.npz"), "all")
     with pytest.raises(ValueError, match="two classes"):
         probe.check_classes(other, splits[1])
     with pytest.raises(ValueError, match="1 classes"):

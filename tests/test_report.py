@@ -324,7 +324,7 @@ def test_sample_is_of_the_chosen_images(tmp_path, channels):
     images = random.integers(0, 256, (9, 6, 6, channels), np.uint8)
     path = str(tmp_path / "some.npz")
     np.savez(path, images=images, labels=np.arange(9) % 2)
-    dataset = data.load(path, "train", channels=channels)
+    dataset = data.load(path, "all", channels=channels)
     outputs = features.compute_outputs(None, data.subset(dataset, [2, 3, 7]), 6)
     sample = run_report.take_sample(dataset, outputs, 6)
     np.testing.assert_array_equal(sample.embeddings, outputs.values)

@@ -30,8 +30,11 @@ def write_pictures(root, names, **picture):
     return str(root)
 
 
-def write_records(root, num_examples, static, per_shard):
-    """Writes a TFDS dataset of PNGs, label = id // 8, in several shards."""
+def write_records(root, num_examples, static, per_shard, hidden=()):
+    """Writes a TFDS dataset of PNGs, label = id // 8, in several shards.
+
+    Examples whose numbers are `hidden` have the label -1.
+    """
     shape = (12, 12, 3) if static else (None, None, 3)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
@@ -53,7 +56,10 @@ def write_records(root, num_examples, static, per_shard):
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=per_shard)
     writer.initialize_splits(["train"])
     examples = [
-        {"image": np.asarray(_picture(i, (12, 12))), "label": i // 8}
+        {
+            "image": np.asarray(_picture(i, (12, 12))),
+            "label": -1 if i in hidden else i // 8,
+        }
         for i in range(num_examples)
     ]
     writer.add_examples({"train": examples})
@@ -185,12 +191,107 @@ def test_jpeg_gif_and_bmp_are_read(tmp_path):
 
 def test_npz_may_have_any_channels_and_no_labels(tmp_path):
     path = str(tmp_path / "x.npz")
-    np.savez(path, images=np.zeros((10, 4, 4, 6), np.uint8))
+    images = np.zeros((10, 4, 4, 6), np.uint8)
+    np.savez(path, images=images, images_test=images)
     dataset = data.load(path, "train[:50%]")
     assert (dataset.num_examples, dataset.channels) == (5, 6)
     assert dataset.num_classes == 0
     with pytest.raises(ValueError, match="6 channels.*channels=3"):
         data.load(path, channels=3)
+
+
+def _write_archive(path, num_images, **arrays):
+    """Writes an archive of images whose first value is their number."""
+    images = np.zeros((num_images, 4, 4, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(num_images)
+    np.savez(path, images=images, **arrays)
+    return str(path)
+
+
+def _first_values(dataset):
+    return dataset.source.images[:, 0, 0, 0].tolist()
+
+
+def test_npz_without_test_images_is_split_by_a_hash_of_the_number(tmp_path):
+    labels = np.arange(200) % 7 - 1
+    path = _write_archive(tmp_path / "x.npz", 200, labels=labels)
+    train, test = data.load(path), data.load(path, "test")
+    held_out = [i for i in range(200) if _hash(str(i)) % 10 == 0]
+    assert 10 < len(held_out) < 30
+    assert _first_values(test) == held_out
+    assert _first_values(train) == sorted({*range(200)} - {*held_out})
+    assert _first_values(data.load(path, "all")) == list(range(200))
+    np.testing.assert_array_equal(test.source.labels, labels[held_out])
+    assert train.class_names == test.class_names == tuple("012345")
+    assert "a tenth, chosen by a hash" in data.describe(test)
+    longer = _write_archive(tmp_path / "y.npz", 210, labels=np.zeros(210, int))
+    assert _first_values(data.load(longer, "test"))[: len(held_out)] == held_out
+
+
+def test_npz_with_test_images_has_them_as_split_test(tmp_path):
+    tests = np.full((2, 4, 4, 3), 9, np.uint8)
+    path = _write_archive(
+        tmp_path / "x.npz",
+        5,
+        labels=np.arange(5),
+        images_test=tests,
+        labels_test=np.array([7, -1]),
+    )
+    train, test = data.load(path), data.load(path, "test")
+    assert _first_values(train) == [0, 1, 2, 3, 4]
+    assert _first_values(test) == [9, 9]
+    assert test.source.labels.tolist() == [7, -1]
+    assert train.class_names == test.class_names == tuple("01234567")
+    assert _first_values(data.load(path, "all")) == [0, 1, 2, 3, 4, 9, 9]
+    assert "hash" not in data.describe(test)
+
+
+def test_npz_with_unlabelled_test_images_has_labels_in_train_only(tmp_path):
+    tests = np.zeros((2, 4, 4, 3), np.uint8)
+    path = _write_archive(
+        tmp_path / "x.npz", 5, labels=np.arange(5), images_test=tests
+    )
+    assert data.load(path).num_classes == 5
+    assert data.load(path, "test").num_classes == 0
+
+
+def test_npz_test_images_of_another_size_are_refused(tmp_path):
+    path = _write_archive(
+        tmp_path / "x.npz", 5, images_test=np.zeros((2, 8, 4, 3), np.uint8)
+    )
+    with pytest.raises(ValueError, match="of one size.*4, 4, 3.*8, 4, 3"):
+        data.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["", "_test"])
+def test_npz_label_below_minus_one_is_refused(tmp_path, suffix):
+    path = str(tmp_path / "x.npz")
+    images, labels = np.zeros((3, 4, 4, 3), np.uint8), np.array([0, -5, -1])
+    arrays = {"images": images, f"images{suffix}": images}
+    np.savez(path, **arrays, **{f"labels{suffix}": labels})
+    with pytest.raises(ValueError, match=f"`labels{suffix}`.* -1 .*: -5 is "):
+        data.load(path, "all")
+
+
+def test_npz_too_small_for_a_split_raises_no_such_split(tmp_path):
+    path = _write_archive(tmp_path / "x.npz", 1)
+    with pytest.raises(sources.NoSuchSplit, match="'train'") as error:
+        data.load(path, "train")
+    assert error.value.splits == {"train": 0, "test": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
+def test_damaged_npz_is_refused(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="No .npz archive can be read"):
+        data.load(str(tmp_path / "x.npz"))
+
+
+def test_npy_under_the_name_of_an_archive_is_refused(tmp_path):
+    with open(tmp_path / "x.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match="No .npz archive can be read"):
+        data.load(str(tmp_path / "x.npz"))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +390,7 @@ def test_cifar10_is_loaded_as_tfds_reads_it():
         ("./nowhere.npz", "train", "No .npz archive"),
         ("photo_patches", "tset", "'tset'.*{'train': 10000, 'test': 2000}"),
         ("photo_patches", "train[:0%]", "no examples in split"),
+        ("photo_patches", "all[:50%]", "no examples in split 'all"),
     ],
 )
 def test_unknown_name_or_split_is_explained(name, split, message):
