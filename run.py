@@ -204,14 +204,21 @@ flags.DEFINE_bool(
 flags.DEFINE_string(
     "dataset",
     "imagenet2012",
-    "photo_patches (built in), a TFDS name, a folder of images or an .npz.",
+    "Dataset: photo_patches (built in), a TFDS name, a folder of images or an "
+    ".npz archive; folders and archives may be in a bucket (gs://...).",
 )
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder where TFDS keeps its datasets; a dataset that is not there is "
+    "downloaded and prepared.",
+)
 flags.DEFINE_string("train_split", "train", "Split for training.")
 flags.DEFINE_string(
     "eval_split",
     None,
-    "Split for evaluation. Unset: test, or validation for imagenet2012.",
+    "Split for evaluation. Unset: the first of test and validation that exists "
+    "and has labels.",
 )
 flags.DEFINE_integer(
     "image_size",
