@@ -70,7 +70,7 @@ def main() -> None:
                 f"  augment, XLA to {key}: {ratios[0]:.1f} times the images/s, "
                 f"{1 / ratios[1]:.1f} times the images per CPU second"
             )
-    args.batch_size = 32
+    args.batch_size = min(args.batch_size, 32)
     large = np.random.default_rng(0).integers(
         0, 256, [args.batch_size, 224, 224, 3], np.uint8
     )

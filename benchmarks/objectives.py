@@ -11,6 +11,7 @@ import argparse
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -89,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="photo_patches")
     parser.add_argument("--train_split", default="train")
+    parser.add_argument("--test_split", default="test")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="not epochs")
     parser.add_argument("--seed", type=int, default=0)
@@ -97,7 +99,8 @@ def main() -> None:
     args, more = parser.parse_known_args()
 
     splits = [
-        data.load(args.dataset, split) for split in (args.train_split, "test")
+        data.load(args.dataset, split)
+        for split in (args.train_split, args.test_split)
     ]
     lines = [
         f"| {args.dataset} | {' | '.join(_COLUMNS)} | minutes |",
@@ -156,9 +159,11 @@ def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
         *_ROWS[row],
         *more,
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if result.returncode:
-        sys.exit(result.stderr[-3000:])
+        sys.exit(f"{shlex.join(command)} failed:\n{result.stdout}")
 
 
 def untrained(folder: pathlib.Path, seed: int):

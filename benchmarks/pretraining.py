@@ -52,7 +52,7 @@ def main() -> None:
 
     keras.utils.set_random_seed(0)
     dataset = data.load("photo_patches", "train")
-    strategy = devices.make_strategy(use_tpu=False)
+    strategy = devices.make_strategy("one_device")
     with strategy.scope():
         networks = model.build_networks(
             dataclasses.replace(

@@ -13,7 +13,7 @@ import process_state
 import processes
 import pytest
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 _AT_START = process_state.snapshot()
 
 
@@ -56,19 +56,5 @@ def _restore(when):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Returns a loader of `.npz` files of reference numbers, by name.
-
-    The compact part lives in `tests/golden`; `complete=True` reads the whole
-    from `../shared/golden`, and skips where that does not exist.
-    """
-
-    def load(name, complete=False):
-        folders = [_ROOT.parent / "shared" / "golden"]
-        if not complete:
-            folders.insert(0, _ROOT / "tests" / "golden")
-        for folder in folders:
-            if (folder / name).exists():
-                return np.load(folder / name)
-        pytest.skip(f"{name} is not in {' or '.join(map(str, folders))}")
-
-    return load
+    """Returns a function that loads an `.npz` file of `tests/golden`."""
+    return lambda name: np.load(_GOLDEN / name)

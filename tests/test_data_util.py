@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `data_util`: against the reference's numbers, and properties.
 
-Golden numbers: `golden/augmentation.npz`, see `golden/README_augmentation.md`.
+Golden numbers: `golden/augmentation.npz`, see `golden/README.md`.
 """
 
 import functools
