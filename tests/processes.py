@@ -25,14 +25,15 @@ class Finished(NamedTuple):
 
 
 class Process:
-    """A process with this environment, in the folder of the program.
+    """A process with this environment.
 
     Args:
         *words: of the command; the first may be a script of Python.
         environment: variables that are added; None removes one.
+        folder: where it works.
     """
 
-    def __init__(self, *words, environment=None):
+    def __init__(self, *words, environment=None, folder=ROOT):
         words = [str(word) for word in words]
         if words[0].endswith(".py"):
             words.insert(0, sys.executable)
@@ -46,7 +47,7 @@ class Process:
         self._files = [tempfile.TemporaryFile() for _ in range(2)]
         self._process = subprocess.Popen(
             words,
-            cwd=ROOT,
+            cwd=folder,
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=self._files[0],
@@ -114,9 +115,9 @@ class Process:
         )
 
 
-def run(*words, code=0, environment=None):
+def run(*words, code=0, **options):
     """Runs a process to its end; returns what it has written."""
-    return Process(*words, environment=environment).finish(code)
+    return Process(*words, **options).finish(code)
 
 
 def end_all():

@@ -13,10 +13,10 @@ import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 
 _FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
-_LIMIT_SECONDS = 1800
 _NUMBER = r"\d[\d,]*(\.\d+)?"  # neither nan nor inf
 
 # The arguments of each script and its output, where # stands for a number.
@@ -83,15 +83,6 @@ _CASES = {
 }
 
 
-def _run(words, cwd):
-    """Runs a command; shows all that it printed if it fails."""
-    result = subprocess.run(
-        words, cwd=cwd, capture_output=True, text=True, timeout=_LIMIT_SECONDS
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
 def test_every_benchmark_script_has_a_case():
     assert {path.name for path in _FOLDER.glob("*.py")} == set(_CASES)
 
@@ -106,8 +97,8 @@ def test_benchmark_script_at_smallest_size_prints_numbers(tmp_path, script):
         labels=np.arange(80) % 4,
     )
     arguments, expected = _CASES[script]
-    result = _run(
-        [sys.executable, str(_FOLDER / script), *arguments.split()], tmp_path
+    result = processes.run(
+        _FOLDER / script, *arguments.split(), folder=tmp_path
     )
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     patterns = [
