@@ -12,6 +12,9 @@ import numpy as np
 import process_state
 import processes
 import pytest
+import tensorflow_datasets as tfds
+
+import data
 
 _GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 _AT_START = process_state.snapshot()
@@ -58,3 +61,20 @@ def _restore(when):
 def golden():
     """Returns a function that loads an `.npz` file of `tests/golden`."""
     return lambda name: np.load(_GOLDEN / name)
+
+
+@pytest.fixture
+def prepared():
+    """Returns a function that loads a split of a prepared TFDS dataset.
+
+    A test is skipped where the dataset is not prepared, which would take a
+    download of gigabytes.
+    """
+
+    def load(name, split):
+        builder = tfds.builder(name)
+        if not builder.is_prepared():
+            pytest.skip(f"{name} is not prepared in {builder.data_dir}")
+        return data.load(name, split)
+
+    return load

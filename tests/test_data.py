@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from test_sources import prepared, write_pictures, write_records
+from test_sources import write_pictures, write_records
 
 import data
 import data_util
@@ -450,7 +450,8 @@ def test_many_broken_images_end_the_stream(tmp_path, corner_crops):
         _train(dataset, batch_size=20, num_steps=1)
 
 
-def test_imagenet_is_cropped_on_the_host():
+@pytest.mark.prepared_data
+def test_imagenet_is_cropped_on_the_host(prepared):
     dataset = prepared("imagenet2012", "train")
     assert dataset.image_size is None
     assert dataset.num_classes == 1000

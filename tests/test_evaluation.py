@@ -235,7 +235,7 @@ def test_probe_keeps_no_features_if_told_so(pretrained, monkeypatch):
 
     def measure(*_, **kwargs):
         given.update(kwargs)
-        raise trainer.Interrupted
+        raise trainer.Interrupted("Measured.", 0)
 
     monkeypatch.setattr(probe, "measure", measure)
     words = ["--mode=probe", f"--checkpoint={pretrained}"]

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from test_sources import prepared, write_pictures, write_records
+from test_sources import write_pictures, write_records
 
 import data
 import labelled
@@ -132,7 +132,8 @@ def test_labels_of_records(tmp_path):
         labelled.names_of(dataset)
 
 
-def test_names_of_imagenet():
+@pytest.mark.prepared_data
+def test_names_of_imagenet(prepared):
     dataset = prepared("imagenet2012", "train")
     names = labelled.names_of(dataset)
     expected = tfds.load(

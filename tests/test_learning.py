@@ -11,13 +11,6 @@ import model
 import probe
 
 
-def _cifar10(split):
-    try:
-        return data.load("cifar10", split)
-    except ValueError as error:
-        pytest.skip(f"CIFAR-10 is not here: {error}")
-
-
 def _gain(directory, dataset, train_data, test_data, *words):
     """Pretrains; returns linear top-1 of a random encoder and the trained."""
     code = program.main(
@@ -48,12 +41,13 @@ def _gain(directory, dataset, train_data, test_data, *words):
     return [scores.linear for scores in results.scores]
 
 
-def test_pretraining_on_cifar10_beats_the_random_encoder(tmp_path):
+@pytest.mark.prepared_data
+def test_pretraining_on_cifar10_beats_the_random_encoder(prepared, tmp_path):
     random, trained = _gain(
         tmp_path,
         "cifar10",
-        _cifar10("train"),
-        _cifar10("test"),
+        prepared("cifar10", "train"),
+        prepared("cifar10", "test"),
         "--objective=simclr",
         "--temperature=0.5",
         "--width_multiplier=0.25",

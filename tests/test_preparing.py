@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tarfile
+import time
 
 import numpy as np
 import program
@@ -176,12 +177,11 @@ def _write_imagenet(folder, test=False):
             file.write(content)
 
 
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
+@pytest.fixture
+def imagenet(tmp_path):
     """Returns a data folder with ImageNet's archives, test images too."""
-    root = tmp_path_factory.mktemp("imagenet")
-    _write_imagenet(root / "downloads" / "manual", test=True)
-    return root
+    _write_imagenet(tmp_path / "downloads" / "manual", test=True)
+    return tmp_path
 
 
 def test_imagenet_with_hidden_test_labels_is_evaluated_on_validation(
@@ -250,12 +250,22 @@ def test_progress_is_logged_where_there_is_no_terminal(
     monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_LINES", 0.01)
     archive, _ = _cifar10(100)
     serve("cifar10", {_CIFAR10_URL: archive})
+    # The archive and what is in it; 600 images of 3 kB each.
+    size = " 4 MB downloaded and extracted, "
+    builder_class = tfds.core.DatasetBuilder
+    download_and_prepare = builder_class.download_and_prepare
+
+    def prepare_until_reported(*arguments):
+        download_and_prepare(*arguments)
+        while not any(size in line for line in log):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(
+        builder_class, "download_and_prepare", prepare_until_reported
+    )
     data.load("cifar10", data_dir=str(tmp_path))
     lines = [line for line in log if "extracted" in line]
-    assert lines
     assert all(line.startswith("Preparing cifar10: ") for line in lines)
-    # The archive and what is in it; 600 images of 3 kB each.
-    assert any(" 4 MB downloaded and extracted, " in line for line in lines)
     assert lines[-1].endswith(" s so far.")
 
 

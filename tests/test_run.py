@@ -165,7 +165,7 @@ def test_commands_of_the_programs_before_this_one(command, monkeypatch):
 
 def test_own_readme_commands_parse(monkeypatch):
     # Evaluation waits for the run it follows; here there is none.
-    monkeypatch.setattr(run, "_wait_for_run", lambda _: None)
+    monkeypatch.setattr(run, "_wait_for_run", lambda *_: None)
     commands = _own_readme()
     assert len(commands) >= 5
     for command in commands:

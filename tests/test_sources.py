@@ -365,13 +365,8 @@ def test_slices_and_sums_of_splits_are_read(tmp_path):
     np.testing.assert_array_equal(batch["id"][:12], range(12))
 
 
-def prepared(name, split):
-    if not tfds.builder(name).is_prepared():
-        pytest.skip(f"{name} is not prepared in {tfds.builder(name).data_dir}")
-    return data.load(name, split)
-
-
-def test_cifar10_is_loaded_as_tfds_reads_it():
+@pytest.mark.prepared_data
+def test_cifar10_is_loaded_as_tfds_reads_it(prepared):
     dataset = prepared("cifar10", "test[:1000]")
     assert dataset.class_names[:2] == ("airplane", "automobile")
     expected = tfds.load("cifar10", split="test[:1000]", batch_size=-1)
