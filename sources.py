@@ -409,7 +409,12 @@ def is_tfds_folder(path: str) -> bool:
 def tfds_builder(
     name: str, data_dir: str | None, *, prepare: bool = True
 ) -> Any:
-    """Returns the builder of a dataset, or of a folder, prepared if asked."""
+    """Returns the builder of a dataset, or of a folder, prepared if asked.
+
+    Raises:
+        ValueError: if there is no such dataset, or its folder cannot be
+            reached, or it cannot be prepared.
+    """
     if is_tfds_folder(name):
         return tfds.builder_from_directory(name)
     try:
@@ -426,6 +431,12 @@ def tfds_builder(
     except ImportError as error:
         raise ValueError(
             f"TFDS cannot read {name!r}: {preparing.explain_import(error)}"
+        ) from error
+    except (RuntimeError, tf.errors.OpError) as error:
+        # TFDS makes a RuntimeError of what a file system raises.
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"TFDS cannot open {name!r} in {data_dir!r}: {reason}."
         ) from error
     if prepare and not builder.is_prepared():
         preparing.prepare(builder, name)

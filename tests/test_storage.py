@@ -255,6 +255,16 @@ def test_unreachable_bucket_is_outlined_from_imagenet(monkeypatch):
         data.load("gs://bucket/photos")
 
 
+def test_unreachable_folder_of_tfds_is_one_line(monkeypatch):
+    def fail(*_):
+        raise tf.errors.FailedPreconditionError(None, None, "no\n\t network")
+
+    monkeypatch.setattr(tf.io.gfile, "exists", fail)
+    with pytest.raises(ValueError, match="'gs://a/b': .* no network") as error:
+        data.load("cifar10", data_dir="gs://a/b")
+    assert "\n" not in str(error.value)
+
+
 def test_unreachable_archive_is_one_line(monkeypatch):
     def fail(path):
         raise tf.errors.FailedPreconditionError(None, None, "no\n\t network")
