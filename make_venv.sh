@@ -8,7 +8,13 @@ requirements=${1:-requirements.txt}
 stamp=".venv/installed-$(basename "$requirements")"
 
 if [[ ! -x .venv/bin/python ]]; then
-  python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+  python=${PYTHON:-}
+  # A name may be there and not run, as those of pyenv.
+  for name in python3.11 python3.12 python3.13 python3; do
+    if [[ -z $python ]] && "$name" --version &> /dev/null; then
+      python=$name
+    fi
+  done
   echo "Making .venv with $("$python" --version) ..." >&2
   "$python" -m venv .venv
 fi

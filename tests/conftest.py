@@ -13,6 +13,7 @@ import process_state
 import processes
 import pytest
 import tensorflow_datasets as tfds
+from absl import logging
 
 import data
 
@@ -78,3 +79,13 @@ def prepared():
         return data.load(name, split)
 
     return load
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Returns the lines that are logged, a list that grows."""
+    lines = []
+    monkeypatch.setattr(
+        logging, "info", lambda text, *values: lines.append(text % values)
+    )
+    return lines

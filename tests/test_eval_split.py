@@ -7,21 +7,10 @@ import types
 import numpy as np
 import program
 import pytest
-from absl import logging
 from test_sources import write_pictures, write_records
 
 import experiment
 import sources
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """Returns the lines that are logged, a list that grows."""
-    lines = []
-    monkeypatch.setattr(
-        logging, "info", lambda text, *values: lines.append(text % values)
-    )
-    return lines
 
 
 def _eval_data(dataset, eval_split=None):

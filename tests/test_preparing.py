@@ -18,7 +18,6 @@ import requests
 import scipy.io
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from absl import logging
 from PIL import Image
 from tensorflow_datasets.core import units
 from tensorflow_datasets.core.download import checksums, downloader
@@ -37,16 +36,6 @@ _SMALL = [
     "--image_size=32",
     "--eval_batch_size=8",
 ]
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """Returns the lines that are logged, a list that grows."""
-    lines = []
-    monkeypatch.setattr(
-        logging, "info", lambda text, *values: lines.append(text % values)
-    )
-    return lines
 
 
 def _tar(files, mode="w"):
