@@ -296,10 +296,10 @@ def _host_strategy(name: str, cpu_replicas: int) -> tf.distribute.Strategy:
 
 @functools.cache  # once a process
 def _compile_quietly() -> None:
-    """Has XLA compile a function while standard error is closed.
+    """Compiles a function by XLA while standard error is redirected.
 
-    For the first one of a process, it writes two lines of its own there, past
-    the level of the log.
+    XLA writes two lines there when it compiles the first function of a
+    process, and TF_CPP_MIN_LOG_LEVEL does not apply to them.
     """
 
     @tf.function(jit_compile=True, autograph=False)

@@ -98,8 +98,8 @@ class Reporter:
     ) -> None:
         """Shows and records the steps just done.
 
-        Steps from the first whose metrics are not finite on are neither shown
-        nor recorded, but for that one, which always is.
+        The first step whose metrics are not finite is always shown and
+        recorded; the steps after it are not.
 
         Args:
             step: optimizer steps done in all.

@@ -1289,9 +1289,10 @@ def _wait_for_run(directory: str, timeout_minutes: float) -> None:
         )
     if checkpoint_lib.read_run(directory) is None:
         logging.info(
-            "Waiting for a trainer to write run.json in %s%s ...",
+            "Waiting for a trainer to write run.json in %s "
+            "(--eval_timeout_minutes=%g) ...",
             directory,
-            _at_most(timeout_minutes),
+            timeout_minutes,
         )
     started = time.monotonic()
     while checkpoint_lib.read_run(directory) is None:
@@ -1302,10 +1303,6 @@ def _wait_for_run(directory: str, timeout_minutes: float) -> None:
                 f"{timeout_minutes:g} minutes (--eval_timeout_minutes)."
             )
         time.sleep(_SECONDS_BETWEEN_POLLS)
-
-
-def _at_most(minutes: float) -> str:
-    return f" for at most {minutes:g} minutes" if minutes else ""
 
 
 def _check_trainer_lives(directory: str, timeout_minutes: float) -> None:
@@ -1695,9 +1692,9 @@ def _follow(run: Run) -> Callable[[], None]:
 
     def work() -> None:
         logging.info(
-            "Waiting for checkpoints in %s; the trainer may be silent%s.",
+            "Waiting for checkpoints in %s (--eval_timeout_minutes=%g) ...",
             directory,
-            _at_most(timeout_minutes),
+            timeout_minutes,
         )
         for path in tf.train.checkpoints_iterator(
             directory,
