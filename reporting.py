@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +19,11 @@ from tensorboard.backend.event_processing import (
 )
 from tensorboard.compat.proto import event_pb2
 from tensorboard.plugins import projector
-from tensorboard.summary.writer import event_file_writer
 
 _SECONDS_BETWEEN_LINES = 10.0
 _VIEWS = "augmented_views"  # tag
+_EVENT_FILE = "events.out.tfevents"  # and .SECOND.MACHINE...
+_SECOND = re.compile(rf"{re.escape(_EVENT_FILE)}\.(\d+)\.")
 _PIXELS_OF_A_VIEW = 96  # at least, in the grid of views
 # Shown in the progress line where a step reports them, under a short name.
 _HEADLINES = {
@@ -338,15 +340,24 @@ def _start_session(directory: str, step: int) -> None:
     At every start but the first it then forgets what an earlier session, which
     was killed, had written from there on.
     """
-    writer = event_file_writer.EventFileWriter(directory)
-    writer.add_event(
-        event_pb2.Event(
-            wall_time=time.time(),
-            step=step + 1,
-            session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
-        )
-    )
-    writer.close()
+    tf.io.gfile.makedirs(directory)
+    # TensorBoard reads files in the order of their names, which begin with the
+    # second: this one must come after those of earlier sessions.
+    names = tf.io.gfile.glob(os.path.join(directory, f"{_EVENT_FILE}.*"))
+    seconds = {int(found[1]) for found in map(_SECOND.search, names) if found}
+    while int(time.time()) in seconds:
+        time.sleep(0.02)
+    now = time.time()
+    # A file's second is followed by the name of the machine. Without it, this
+    # file comes before those that are written next.
+    path = os.path.join(directory, f"{_EVENT_FILE}.{int(now):010d}..session")
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    with tf.io.TFRecordWriter(path) as file:
+        for event in (
+            event_pb2.Event(wall_time=now, file_version="brain.Event:2"),
+            event_pb2.Event(wall_time=now, step=step + 1, session_log=start),
+        ):
+            file.write(event.SerializeToString())
 
 
 def duration(seconds: float) -> str:
