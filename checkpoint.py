@@ -23,6 +23,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 import model
 import published
+import storage
 import unpickling
 
 _RUN_FILE = "run.json"
@@ -43,6 +44,17 @@ _SIMCLR_OBJECTS = re.compile(
 
 # What TensorFlow raises for a truncated, damaged or half-deleted checkpoint.
 _DAMAGE = (tf.errors.OpError, IndexError, RuntimeError)
+# What it raises where devices or a file system are lost: the file may be whole.
+_NO_DAMAGE = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.ResourceExhaustedError,
+    tf.errors.UnauthenticatedError,
+    tf.errors.UnavailableError,
+)
 
 
 class CannotRestore(ValueError):
@@ -121,6 +133,8 @@ class TrainingCheckpoints:
                 status = self._checkpoint.restore(path)
                 status.assert_existing_objects_matched()
                 status.assert_consumed()
+            except _NO_DAMAGE:
+                raise
             except _DAMAGE as error:
                 logging.warning(
                     "Checkpoint %s cannot be read (%s); trying the one before.",
@@ -228,15 +242,6 @@ def write_run(directory: str, run: dict[str, Any]) -> None:
     tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
 
 
-def why_unreachable(path: str) -> str | None:
-    """Returns why a file system does not answer for a path; None if it does."""
-    try:
-        tf.io.gfile.exists(path)
-    except tf.errors.OpError as error:
-        return error.message.splitlines()[0]
-    return None
-
-
 def run_directory(path: str) -> str:
     """Returns the run directory that a checkpoint's path names or is in."""
     return path if tf.io.gfile.isdir(path) else os.path.dirname(path) or "."
@@ -284,7 +289,8 @@ def load_encoder(
     foreign = read_published(path, target=target, **architecture)
     if foreign:
         networks = model.build_networks(foreign.architecture)
-        _assign(foreign, networks)
+        foreign.assign_to(networks.encoder)
+        forget_published()
         return model.encoder_of_images(networks)
     run = read_run(path)
     if run is None and not architecture:
@@ -319,7 +325,8 @@ def load_networks(path: str, *, target: bool = False) -> model.Networks:
     if tensors is not None:
         foreign = _identify(path, tensors, about, target)
         networks = model.build_networks(foreign.architecture)
-        _assign(foreign, networks)
+        foreign.assign_to(networks.encoder)
+        forget_published()
         return networks
     run = read_run(path)
     if run is None:
@@ -398,13 +405,12 @@ def restore_pretrained(
             f"Of {path}, the encoder alone is read: there is no projection "
             "head for --ft_proj_selector to choose from."
         )
-    _assign(foreign, networks)
-
-
-def _assign(foreign: published.Published, networks: model.Networks) -> None:
-    """Gives an encoder published weights, which are then no longer held."""
     foreign.assign_to(networks.encoder)
-    _parse_file.cache_clear()
+
+
+def forget_published() -> None:
+    """Frees the memory of the published weights that were read last."""
+    _read_tensors.cache_clear()
 
 
 def read_published(
@@ -473,37 +479,43 @@ def _tensors(
     None instead of tensors where the file is of a run of this program.
     """
     if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
-        return _tensors_of_file(path)
+        return _read_tensors(path, _stamp(path))
     saved_model = os.path.join(path, _VARIABLES)
     if tf.io.gfile.exists(f"{saved_model}.index"):
-        return _tensors_of_checkpoint(saved_model), {}
+        return _read_tensors(saved_model, _stamp(f"{saved_model}.index"))
     if tf.io.gfile.isdir(path) and read_run(path) is not None:
         return None, {}
     try:
-        return _tensors_of_checkpoint(latest_checkpoint(path)), {}
+        prefix = latest_checkpoint(path)
+        return _read_tensors(prefix, _stamp(f"{prefix}.index"))
     except ValueError:
         return None, {}  # the reader of own runs says what is the matter
 
 
-def _tensors_of_file(
-    path: str,
-) -> tuple[published.Tensors | None, dict[str, str]]:
-    """Returns the same of a file, whose first bytes say of what kind it is."""
+def _stamp(path: str) -> tuple[int, int]:
+    """Returns the length and the modification time, in ns, of a file."""
     facts = tf.io.gfile.stat(path)
-    return _parse_file(path, facts.length, facts.mtime_nsec)
+    return facts.length, facts.mtime_nsec
 
 
-# A file is first read for its architecture, then for its weights.
+# Weights are read for their architecture first, then for their values.
 @functools.lru_cache(maxsize=1)
-def _parse_file(
-    path: str, length: int, mtime: int
+def _read_tensors(
+    path: str, stamp: tuple[int, int]
 ) -> tuple[published.Tensors | None, dict[str, str]]:
-    """Returns the same; a file of other length or date is another file."""
-    if "://" in path:
+    """Reads a file, or a checkpoint by its prefix; see `_tensors`.
+
+    Args:
+        path: of the file, or prefix of the checkpoint.
+        stamp: of `_stamp`; part of the key of the cache.
+    """
+    if tf.io.gfile.exists(f"{path}.index"):
+        return _tensors_of_checkpoint(path), {}
+    if storage.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             copy = os.path.join(folder, os.path.basename(path))
             tf.io.gfile.copy(path, copy)
-            return _parse_file.__wrapped__(copy, length, mtime)
+            return _read_tensors.__wrapped__(copy, stamp)
     if path.endswith(".keras"):
         return None, {}
     with open(path, "rb") as file:

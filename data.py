@@ -62,7 +62,7 @@ def load(
               optionally integer `labels [N]`, -1 for none. Split "test" is
               `images_test`, with the optional `labels_test`; if there is no
               `images_test`, a tenth of the images, chosen by a hash of their
-              number. The rest is "train".
+              index. The rest is "train".
         split: a split, or an expression of TFDS: "train[:90%]", "train+test";
             "all" is every split, of a folder in the order of the paths.
         data_dir: where TFDS keeps its datasets; its own default if None.
@@ -140,15 +140,15 @@ def outline(
     """
     path = os.path.expanduser(name)
     is_archive = path.endswith(".npz")
-    is_here = (os.sep in path or is_archive) and _is_here(path)
-    is_tfds = _is_here(os.path.join(path, "dataset_info.json"))
+    is_here = (os.sep in path or is_archive) and storage.is_reachable(path)
+    is_tfds = storage.is_reachable(os.path.join(path, "dataset_info.json"))
     if is_here and not is_tfds or name == sources.PHOTO_PATCHES:
         return load(name, split, channels=channels)
     # Of a relative path, only a look at TFDS's names says what it is.
     if is_archive or _is_path(name) and not is_tfds:
         dataset = sources.outline_unknown(name, split, channels)
     else:
-        if data_dir and not _is_here(data_dir):
+        if not storage.is_reachable(data_dir or sources.default_data_dir()):
             data_dir = os.devnull  # not where TFDS looks if there is none
         builder = sources.tfds_builder(path, data_dir, prepare=False)
         dataset = sources.outline_tfds(builder, split, channels)
@@ -160,14 +160,6 @@ def outline(
 def _is_path(name: str) -> bool:
     """Returns whether a name can only be that of a file or folder."""
     return name.startswith((os.sep, ".", "~")) or storage.is_remote(name)
-
-
-def _is_here(path: str) -> bool:
-    """Returns whether a file or folder exists and can be reached."""
-    try:
-        return storage.exists(path)
-    except ValueError:  # no network
-        return False
 
 
 def describe(dataset: Dataset) -> str:

@@ -248,14 +248,16 @@ class Run:
     def _find_eval_data(self) -> tuple[data.Dataset | None, list[str]]:
         """Returns the first split for evaluation that has labels.
 
-        Also why those before it, or all, are none.
+        Also returns the reasons why the other splits were not chosen.
         """
         reasons = []
         for split in _EVAL_SPLITS:
             try:
                 dataset = self._load(split)
             except NoSuchSplit as error:
-                splits = ", ".join(error.splits)
+                splits = ", ".join(
+                    k for k, size in error.splits.items() if size
+                )
                 reasons.append(f"there is no {split!r} among {splits}")
                 continue
             if labelled.has_labels(dataset):
@@ -345,6 +347,13 @@ class Run:
                 f"SemPPL needs some labels; {settings.dataset} "
                 f"{settings.train_split} has none."
             )
+        needs_labels = finetune or settings.mode == "probe"
+        if needs_labels and dataset.num_classes and not self._is_imagined:
+            if not labelled.has_labels(dataset):
+                raise ValueError(
+                    f"All labels of --train_split={settings.train_split} of "
+                    f"{settings.dataset} are hidden."
+                )
         if finetune and settings.train_on_labelled and settings.checkpoint:
             dataset = data.subset(dataset, self._ids_of_checkpoint())
             logging.info("%s", data.describe(dataset))
@@ -526,8 +535,15 @@ class Run:
         )
         return measured, predictions
 
-    def record(self, config: trainer.TrainConfig) -> dict[str, Any]:
+    def record(
+        self, config: trainer.TrainConfig, *, reports_flags: bool = True
+    ) -> dict[str, Any]:
         """Returns what `run.json` is to say.
+
+        Args:
+            config: of the training.
+            reports_flags: whether flags that differ from those of the run in
+                the directory are logged.
 
         Raises:
             ValueError: if the directory holds a run of other networks.
@@ -551,7 +567,7 @@ class Run:
         }
         now = json.loads(json.dumps(now))  # tuples become lists, as when read
         if before and tf.train.latest_checkpoint(settings.model_dir):
-            _compare_runs(settings.model_dir, before, now)
+            _compare_runs(settings.model_dir, before, now, reports_flags)
         return now
 
     def write(self, record: dict[str, Any]) -> None:
@@ -565,9 +581,12 @@ class Run:
 
 
 def _compare_runs(
-    directory: str, before: dict[str, Any], now: dict[str, Any]
+    directory: str,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    reports_flags: bool,
 ) -> None:
-    """Refuses to go on with other networks; reports other flags."""
+    """Refuses to go on with other networks; reports other flags, if asked."""
 
     def differing(part: str) -> list[str]:
         return [
@@ -591,7 +610,7 @@ def _compare_runs(
             f"{directory} holds a run of other networks ({'; '.join(networks)})"
             ". Choose another --model_dir, or the same flags."
         )
-    for line in differing("flags"):
+    for line in differing("flags") if reports_flags else ():
         logging.warning("Going on with another flag than before: %s", line)
 
 
@@ -762,6 +781,11 @@ def make_train_config(
     train_steps = settings.train_steps or schedules.train_steps(
         num_examples, settings.train_epochs, batch_size
     )
+    if train_steps < 0:
+        raise ValueError(
+            "The number of epochs must not be negative. Received: "
+            f"{settings.train_epochs}."
+        )
     warmup_steps = schedules.warmup_steps(
         num_examples, settings.warmup_epochs, batch_size
     )

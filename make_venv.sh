@@ -9,12 +9,16 @@ stamp=".venv/installed-$(basename "$requirements")"
 
 if [[ ! -x .venv/bin/python ]]; then
   python=${PYTHON:-}
-  # A name may be there and not run, as those of pyenv.
+  # A command may exist but not run, such as the shims of pyenv.
   for name in python3.11 python3.12 python3.13 python3; do
     if [[ -z $python ]] && "$name" --version &> /dev/null; then
       python=$name
     fi
   done
+  if [[ -z $python ]]; then
+    echo "Python 3.11, 3.12 or 3.13 is needed; PYTHON can name it." >&2
+    exit 2
+  fi
   echo "Making .venv with $("$python" --version) ..." >&2
   "$python" -m venv .venv
 fi

@@ -9,6 +9,7 @@ import tensorflow as tf
 import checkpoint as checkpoint_lib
 import devices
 import experiment
+import storage
 import tpu_slices
 import trainer
 
@@ -135,9 +136,9 @@ def _checkpoints(
         f"{every}, the last {config.keep_checkpoint_max} kept, in "
         f"{settings.model_dir}; "
     )
-    reason = checkpoint_lib.why_unreachable(settings.model_dir)
+    reason = storage.why_unreachable(settings.model_dir)
     if reason:
-        return f"{kept}whether one is there is not known: {reason}"
+        return f"{kept}it is unknown whether there is a checkpoint: {reason}"
     found = tf.train.latest_checkpoint(settings.model_dir)
     if not found:
         return f"{kept}none is there yet"
@@ -161,7 +162,7 @@ def _state_bytes(
     start = run.settings.checkpoint
     if start:
         files = (start, f"{start}.index")  # directory or file; prefix of files
-        if checkpoint_lib.why_unreachable(start) or not any(
+        if storage.why_unreachable(start) or not any(
             map(tf.io.gfile.exists, files)
         ):
             return None

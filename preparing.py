@@ -141,25 +141,23 @@ def _require_imagenet(builder: Any) -> None:
         return
     missing = _absent_archives(builder)
     if missing:
-        raise FileNotFoundError(f"Not there: {' and '.join(missing)}")
+        raise FileNotFoundError(f"Missing archives: {' and '.join(missing)}")
 
 
 def explain_import(error: ImportError) -> str:
     """Returns why a builder cannot be imported, and what helps."""
-    return _missing_package(list(_causes(error))) or str(error)
+    found = map(_missing_package, _causes(error))
+    return next(filter(None, found), str(error))
 
 
 def _explain(builder: Any, name: str, error: BaseException) -> str:
     """Returns one paragraph: why the preparation failed, and what helps."""
     causes = list(_causes(error))
-    reason = (
-        _missing_package(causes)
-        or _wrong_checksum(causes)
-        or _failed_download(builder, name, causes)
-        or _failed_storage(builder, causes)
-        or _missing_archives(builder, causes)
-        or _other_failure(builder, error)
+    # The outermost error that is known decides: it says what was being done.
+    known = (
+        _explain_known(builder, name, causes[i:]) for i in range(len(causes))
     )
+    reason = next(filter(None, known), "") or _other_failure(builder, error)
     paragraph = (
         f"{name!r} is not prepared in {str(builder.data_dir)!r}, and preparing "
         f"it failed: {reason}"
@@ -167,27 +165,31 @@ def _explain(builder: Any, name: str, error: BaseException) -> str:
     return " ".join(paragraph.split())
 
 
+def _explain_known(
+    builder: Any, name: str, causes: Sequence[BaseException]
+) -> str:
+    """Returns what the first error means; "" if it is none of those known."""
+    error = causes[0]
+    return (
+        _missing_package(error)
+        or _wrong_checksum(error)
+        or _failed_download(builder, name, causes)
+        or _failed_storage(builder, error)
+        or _missing_archives(builder, error)
+    )
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yields an error and what it was raised from."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
-def _first(causes: Sequence[BaseException], kinds: Any) -> Any:
-    """Returns the first of `causes` of these types; None if there is none."""
-    return next((cause for cause in causes if isinstance(cause, kinds)), None)
-
-
-def _missing_package(causes: Sequence[BaseException]) -> str:
-    names = [
-        cause.name
-        for cause in causes
-        if isinstance(cause, ImportError) and cause.name
-    ]
-    if not names:
+def _missing_package(error: BaseException) -> str:
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
         return ""
-    module = names[0].split(".")[0]
+    module = error.name.split(".")[0]
     package = _PACKAGES.get(module, module)
     return (
         f"the Python package {package!r} is missing. Install it: "
@@ -195,9 +197,8 @@ def _missing_package(causes: Sequence[BaseException]) -> str:
     )
 
 
-def _wrong_checksum(causes: Sequence[BaseException]) -> str:
-    error = _first(causes, download_manager.NonMatchingChecksumError)
-    if error is None:
+def _wrong_checksum(error: BaseException) -> str:
+    if not isinstance(error, download_manager.NonMatchingChecksumError):
         return ""
     found = re.search(r"Artifact (\S+), downloaded to (.+), has", str(error))
     url, path = found.groups() if found else ("a download", "the download")
@@ -210,8 +211,8 @@ def _wrong_checksum(causes: Sequence[BaseException]) -> str:
 def _failed_download(
     builder: Any, name: str, causes: Sequence[BaseException]
 ) -> str:
-    error = _first(causes, _NETWORK_ERRORS)
-    if error is None:
+    error = causes[0]
+    if not isinstance(error, _NETWORK_ERRORS):
         return ""
     root = str(builder.data_dir_root)
     return (
@@ -233,21 +234,16 @@ def _url(builder: Any, causes: Iterable[BaseException]) -> str:
     return " or ".join(builder.url_infos or ()) or "a file"
 
 
-def _failed_storage(builder: Any, causes: Sequence[BaseException]) -> str:
-    error = _first(causes, _STORAGE_ERRORS) or next(
-        (
-            cause
-            for cause in causes
-            if isinstance(cause, OSError)
-            and (
-                cause.errno in _FULL_STORAGE
-                or str(cause).startswith("Not enough disk space")
-            )
-        ),
-        None,
+def _failed_storage(builder: Any, error: BaseException) -> str:
+    is_full = isinstance(error, OSError) and (
+        error.errno in _FULL_STORAGE
+        or str(error).startswith("Not enough disk space")
     )
-    if error is None:
+    if not is_full and not isinstance(error, _STORAGE_ERRORS):
         return ""
+    path = str(getattr(error, "filename", None) or "")
+    if path.startswith(_manual_dir(builder)):
+        return f"{path!r} cannot be read: {type(error).__name__}: {error}."
     return (
         f"files cannot be written below {str(builder.data_dir_root)!r}: "
         f"{type(error).__name__}: {error}. Make room or give write permission "
@@ -270,10 +266,9 @@ def _absent_archives(builder: Any) -> list[str]:
     ]
 
 
-def _missing_archives(builder: Any, causes: Sequence[BaseException]) -> str:
+def _missing_archives(builder: Any, error: BaseException) -> str:
     instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    error = _first(causes, _MISSING_FILES)
-    if not instructions or error is None:
+    if not instructions or not isinstance(error, _MISSING_FILES):
         return ""
     if _archives(builder) and not _absent_archives(builder):
         return ""

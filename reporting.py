@@ -125,6 +125,24 @@ class Reporter:
             if done % self._summary_steps == 0 or done == last:
                 self._record(done, metrics, rate)
 
+    def show_last(
+        self, step: int, names: list[str], metrics: np.ndarray
+    ) -> None:
+        """Shows and records a step that ends the run, if that was not done.
+
+        Args:
+            step: optimizer steps done in all.
+            names: of the metrics.
+            metrics: float32 `[metrics]` of this step.
+        """
+        values = dict(zip(names, metrics, strict=True))
+        self._show(step, values, None, is_last=True)
+        is_recorded = step == self._train_steps or (
+            not self._summary_steps or step % self._summary_steps == 0
+        )
+        if not is_recorded:
+            self._record(step, values, None)
+
     def flush(self) -> None:
         """Makes sure that what was recorded is on disk."""
         self._writer.flush()

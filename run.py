@@ -10,6 +10,7 @@ A flag left unset takes its value from the checkpoint to be fine-tuned or
 evaluated, or from the objective; the log at start says which.
 """
 
+import errno
 import functools
 import itertools
 import logging as std_logging
@@ -58,6 +59,7 @@ import run_report
 import saliency
 import selftest
 import sources as sources_lib
+import storage
 import tpu_slices
 import trainer
 from experiment import Run, Settings
@@ -79,8 +81,12 @@ _FILE_ERRORS = (
     tf.errors.AlreadyExistsError,
     tf.errors.DataLossError,
 )
-# In errors of several classes where a bucket cannot be reached.
-_OF_NETWORK = "Error executing an HTTP request"
+# Text of TensorFlow's errors when a bucket cannot be reached; their classes
+# vary, and some become the text of other errors.
+_NO_CONNECTION = "libcurl code"
+# Errors of a connection, or of a disk on another machine, that may pass.
+_NO_ANSWER = (ConnectionError, TimeoutError)
+_PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.EHOSTDOWN, errno.ENETDOWN)
 # Errors of user input that only show while the prepared work is done. Others
 # are defects of this program, and end with a traceback.
 _INPUT_ERRORS_OF_WORK = (
@@ -1033,8 +1039,14 @@ def main(argv: Sequence[str]) -> None:
             *_lost(error, settings)
             or (_EXIT_USAGE, f"Error: {_one_paragraph(error)}")
         )
+    # Their networks hold the weights now.
+    checkpoint_lib.forget_published()
     try:
         work()
+    except BrokenPipeError:
+        # The reader of standard output, such as `head`, has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         outcome = _outcome(error, settings)
         if not outcome:
@@ -1108,27 +1120,35 @@ def _outcome(error: Exception, settings: Settings) -> tuple[int, str] | None:
             "is the memory of a device: a smaller --train_batch_size, "
             "--accumulate_steps, --mixed_precision or --remat needs less."
         )
+    if lost := _lost(error, settings):
+        return lost
     if isinstance(error, _INPUT_ERRORS_OF_WORK):
         return _EXIT_USAGE, f"Error: {_one_paragraph(error)}"
     message = data.undecodable_images_message(error)
     if message:
         return _EXIT_USAGE, f"Error: {message}"
-    is_of_network = _OF_NETWORK in str(error)
-    lost = None if is_of_network else _lost(error, settings)
-    if lost:
-        return lost
-    if is_of_network or isinstance(error, devices.LOST):
-        return _EXIT_TRY_AGAIN, (
-            f"A file system or server does not answer: {_one_paragraph(error)}"
-            "\nThe same command resumes from the last checkpoint."
-        )
+    if isinstance(error, devices.LOST):
+        return _EXIT_TRY_AGAIN, _no_answer(error)
     return None
+
+
+def _no_answer(error: Exception) -> str:
+    return (
+        f"A file system or server does not answer: {_one_paragraph(error)}\n"
+        "The same command resumes from the last checkpoint."
+    )
 
 
 def _lost(error: Exception, settings: Settings) -> tuple[int, str] | None:
     """Returns exit code and message where another machine has been lost."""
     if isinstance(error, _TrainerIsGone):
         return _EXIT_TRY_AGAIN, str(error)
+    if (
+        isinstance(error, _NO_ANSWER)
+        or getattr(error, "errno", None) in _PASSING_ERRORS
+        or _NO_CONNECTION in str(error)
+    ):
+        return _EXIT_TRY_AGAIN, _no_answer(error)
     strategy = getattr(settings, "strategy", None)
     if not devices.is_lost(error, strategy):
         return None
@@ -1258,7 +1278,7 @@ def _inherited_values() -> dict[str, Any]:
     if not path or path == _FROM_SCRATCH:
         return values
     # A dry run says so, and plans without it.
-    if not (FLAGS.dry_run and checkpoint_lib.why_unreachable(path)):
+    if not (FLAGS.dry_run and storage.why_unreachable(path)):
         foreign = checkpoint_lib.read_published(
             path, target=FLAGS.evaluate_target
         )
@@ -1513,8 +1533,11 @@ def _of_method(method: methods.Method) -> set[str]:
     return names
 
 
-def _train(run: Run) -> Callable[[], None]:
-    """Prepares training; returns the work, which evaluates too if asked."""
+def _train(run: Run, *, is_trial: bool = False) -> Callable[[], None]:
+    """Prepares training; returns the work, which evaluates too if asked.
+
+    A trial of a sweep is followed by others, which a signal stops as well.
+    """
     settings = run.settings
     config = experiment.make_train_config(
         settings,
@@ -1587,7 +1610,7 @@ def _train(run: Run) -> Callable[[], None]:
                 reporter,
                 lambda: signals.received,
             )
-        if evaluates and signals.received:
+        if signals.received and (evaluates or is_trial):
             raise trainer.Interrupted(
                 "Trained, not evaluated.", signals.received
             )
@@ -1628,7 +1651,7 @@ def _sweep(run: Run) -> Callable[[], None]:
     def prepare(name: str) -> tuple[Run, Callable[[], None]]:
         directory = os.path.join(settings.model_dir, "sweep", name)
         trial = run.held_out(directory, mode="train", **trials[name])
-        return trial, _train(trial)
+        return trial, _train(trial, is_trial=True)
 
     def try_one(name: str) -> float:
         trial, train = prepare(name)
@@ -1657,6 +1680,13 @@ def _sweep(run: Run) -> Callable[[], None]:
     # Before any compute: this looks at everything.
     if settings.mode == "train_then_eval":
         _check_classes(run)
+    for values in trials.values():
+        config = experiment.make_train_config(
+            Settings(**vars(settings) | values),
+            run.train_data,
+            run.strategy.num_replicas_in_sync,
+        )
+    run.record(config, reports_flags=False)
     prepare(next(iter(trials)))
     return work
 
@@ -1686,8 +1716,12 @@ def _follow(run: Run) -> Callable[[], None]:
 
     timeout_minutes = run.settings.eval_timeout_minutes
 
+    evaluated: list[str] = []
+
     def wait() -> bool:
-        _check_trainer_lives(directory, timeout_minutes)
+        train_steps()  # raises where the run was deleted
+        if tf.train.latest_checkpoint(directory) in (None, *evaluated):
+            _check_trainer_lives(directory, timeout_minutes)
         return False  # there may be more checkpoints
 
     def work() -> None:
@@ -1710,6 +1744,7 @@ def _follow(run: Run) -> Callable[[], None]:
                     raise
                 logging.info("%s is gone already; waiting for the next.", path)
                 continue
+            evaluated.append(path)
             run.evaluate(step)
             if step >= train_steps():
                 return

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,9 @@ _BAD_ARCHIVE = (
     ValueError,
     TypeError,
     EOFError,
+    NotImplementedError,
     zipfile.BadZipFile,
+    zlib.error,
     tf.errors.OpError,
 )
 # What a dataset is taken for as far as it is not known.
@@ -325,7 +328,7 @@ def open_npz(path: str, split: str) -> Dataset:
 
     If it holds `images_test` and, optionally, `labels_test`, these are split
     "test" and the others "train". Otherwise a tenth of the images, chosen by a
-    hash of their number, is "test".
+    hash of their index, is "test".
     """
     try:
         with storage.open_binary(path) as file:
@@ -340,6 +343,11 @@ def open_npz(path: str, split: str) -> Dataset:
             f"No .npz archive can be read here. Received: {path!r} ({reason})."
         ) from error
     images, labels = _npz_part(path, arrays, "")
+    if "labels_test" in arrays and "images_test" not in arrays:
+        raise ValueError(
+            f"{path!r} holds `labels_test` without `images_test`. Received: "
+            f"{sorted(arrays)}."
+        )
     notes = []
     if "images_test" in arrays:
         test_images, test_labels = _npz_part(path, arrays, "_test")
@@ -359,7 +367,7 @@ def open_npz(path: str, split: str) -> Dataset:
         sizes = {"train": len(images) - num_test, "test": num_test}
         order = np.argsort(held_out, kind="stable")
         notes.append(
-            "no `images_test`: a tenth, chosen by a hash of the number, is "
+            "no `images_test`: a tenth, chosen by a hash of the index, is "
             "'test'"
         )
     rows = order[_select(split, sizes, path)]
@@ -406,6 +414,11 @@ def is_tfds_folder(path: str) -> bool:
     return storage.exists(os.path.join(path, "dataset_info.json"))
 
 
+def default_data_dir() -> str:
+    """Returns the folder where TFDS keeps its datasets if none is given."""
+    return str(tfds.core.constants.DATA_DIR)
+
+
 def tfds_builder(
     name: str, data_dir: str | None, *, prepare: bool = True
 ) -> Any:
@@ -436,7 +449,8 @@ def tfds_builder(
         # TFDS makes a RuntimeError of what a file system raises.
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"TFDS cannot open {name!r} in {data_dir!r}: {reason}."
+            f"TFDS cannot open {name!r} in {data_dir or default_data_dir()!r}: "
+            f"{reason}."
         ) from error
     if prepare and not builder.is_prepared():
         preparing.prepare(builder, name)
@@ -711,7 +725,9 @@ def _header(path: str, channels: int) -> _Header | None:
         SyntaxError,
         Image.DecompressionBombError,
         tf.errors.InvalidArgumentError,
+        tf.errors.NotFoundError,
         tf.errors.OutOfRangeError,  # the end of a remote file
+        tf.errors.PermissionDeniedError,
     ):
         return None
     return header

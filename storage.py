@@ -57,6 +57,23 @@ def is_folder(path: str) -> bool:
     return found is not None and found.is_directory
 
 
+def is_reachable(path: str) -> bool:
+    """Returns whether a file or folder exists and its file system answers."""
+    try:
+        return exists(path)
+    except ValueError:
+        return False
+
+
+def why_unreachable(path: str) -> str | None:
+    """Returns why a file system does not answer for a path; None if it does."""
+    try:
+        exists(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _remote_stat(path: str) -> Any:
     """Returns the statistics of a remote path; None if it does not exist."""
     try:

@@ -929,7 +929,11 @@ def train(
             is_due = _is_due(config, step, time.monotonic() - saved)
             signal_number = max(hosts.numbers(received_signal()))
             if signal_number or any(hosts.numbers(is_due)):
-                _check_finite_weights(networks, step)
+                try:
+                    _check_finite_weights(networks, step)
+                except TrainingDiverged:
+                    reporter.show_last(step, loop.names, history[-1])
+                    raise
                 checkpoints.save(step)
                 reporter.flush()
                 saved = time.monotonic()

@@ -1,27 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several workers on this machine."""
 
+import fcntl
 import itertools
 import json
 import os
+import pathlib
 import socket
+import tempfile
 
-# Below those that systems give to outgoing connections. Each process starts
-# elsewhere, so that tests that run side by side do not take the same ports.
-_FIRST_PORT, _NUM_PORTS, _STRIDE = 10_000, 20_000, 32
-_offsets = itertools.count(os.getpid() * _STRIDE)
+# Below the ports that systems give to outgoing connections.
+_PORTS = range(10_000, 30_000)
+# Locked files, one a port, which no other process of tests can lock meanwhile.
+_reserved = []
 
 
 def addresses(count):
     """Returns addresses for so many workers, which nobody else uses now."""
-    ports = (_FIRST_PORT + offset % _NUM_PORTS for offset in _offsets)
-    free = (f"localhost:{port}" for port in ports if _is_free(port))
+    first = os.getpid() * 64 % len(_PORTS)
+    ports = (*_PORTS[first:], *_PORTS[:first])
+    free = (f"localhost:{port}" for port in ports if _reserve(port))
     return list(itertools.islice(free, count))
 
 
-def _is_free(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("localhost", port)) != 0
+def _reserve(port):
+    folder = pathlib.Path(tempfile.gettempdir()) / "test-ports"
+    folder.mkdir(exist_ok=True)
+    file = (folder / str(port)).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with socket.socket() as probe:
+            is_used = probe.connect_ex(("localhost", port)) == 0
+    except BlockingIOError:
+        is_used = True
+    if is_used:
+        file.close()
+        return False
+    _reserved.append(file)
+    return True
 
 
 def tf_configs(count):

@@ -7,6 +7,15 @@ import pathlib
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+# No test asks a proxy, nor depends on what users of the scripts have exported.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
+for _name in (
+    "ABORT_SECONDS BATCH_SIZE BEFORE_RESTART DATA_DIR DATASET GCP_PROJECT "
+    "LABELLED_FRACTION LINEAR_DIR LINEAR_EPOCHS MASK_DIR MODEL_DIR OBJECTIVE "
+    "PYTHON RECIPE RESTARTS RESTART_SECONDS SALIENCY STORAGE_BUCKET TF_CONFIG "
+    "TPU_NAME TPU_ZONE TRAIN_EPOCHS TRAIN_STEPS"
+).split():
+    os.environ.pop(_name, None)
 
 import numpy as np
 import process_state

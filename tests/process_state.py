@@ -17,6 +17,9 @@ from absl import flags
 from absl import logging as absl_logging
 from tensorflow.python.eager import context
 from tensorflow.python.framework import config
+from tensorflow_datasets.core.utils import tqdm_utils
+
+import checkpoint
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 _LOGGERS = ("", "absl", "tensorflow")
@@ -42,6 +45,7 @@ def snapshot():
         "floatx": keras.config.floatx(),
         "image data format": keras.config.image_data_format(),
         "strategy": tf.distribute.has_strategy(),
+        "progress bars of TFDS": tqdm_utils._active,
         "flags": {
             name: flags.FLAGS[name].value
             for name in flags.FLAGS
@@ -79,6 +83,7 @@ def restore(state):
         for name in _differing(state):
             if name in _RESTORERS:
                 _RESTORERS[name](state[name])
+    checkpoint.forget_published()
     # Draws that no test has seeded are the same in whatever order tests run.
     keras.utils.set_random_seed(0)
     return _differing(state)
@@ -162,6 +167,7 @@ _RESTORERS = {
     "dtype policy": keras.config.set_dtype_policy,
     "floatx": keras.config.set_floatx,
     "image data format": keras.config.set_image_data_format,
+    "progress bars of TFDS": tqdm_utils.display_progress_bar,
     "flags": _restore_flags,
     "environment": _restore_environment,
     "working directory": os.chdir,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs that tests run in processes of their own."""
 
+import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ class Process:
             stdin=subprocess.DEVNULL,
             stdout=self._files[0],
             stderr=self._files[1],
+            start_new_session=True,
         )
         self._started = time.monotonic()
         _running.add(self)
@@ -90,8 +93,9 @@ class Process:
         return finished
 
     def kill(self):
-        """Ends the process if it still runs, and forgets what it wrote."""
-        self._process.kill()
+        """Ends the process and its own, and forgets what it wrote."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for file in self._files:
             file.close()

@@ -56,6 +56,23 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     assert checkpoints.restore_latest() == 2
 
 
+@pytest.mark.parametrize(
+    "kind", [tf.errors.UnavailableError, tf.errors.FailedPreconditionError]
+)
+def test_restore_latest_without_a_device_or_network_raises_its_error(
+    tmp_path, monkeypatch, kind
+):
+    """The checkpoint may be whole: an older one must not take its place."""
+    checkpoints, _ = _saved(tmp_path)
+
+    def restore(*_):
+        raise kind(None, None, "Socket closed")
+
+    monkeypatch.setattr(tf.train.Checkpoint, "restore", restore)
+    with pytest.raises(kind, match="Socket closed"):
+        checkpoints.restore_latest()
+
+
 def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):
     checkpoints, _ = _saved(tmp_path)
     for path in tmp_path.glob("ckpt-*"):

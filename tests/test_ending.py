@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run ends: exit codes and messages by what happened."""
 
+import errno
 import io
 import json
+import logging
 import os
 import shutil
 import signal
+import sys
 import zlib
 
 import numpy as np
+import processes
 import program
 import pytest
 import tensorflow as tf
+from absl import logging as absl_logging
 from PIL import Image
 
 import checkpoint
@@ -31,6 +36,9 @@ _SMALL = [
     "--train_batch_size=32",
     "--objective=simclr",
 ]
+
+
+_NO_HOST = "Error: libcurl code 6 meaning 'Could not resolve hostname'"
 
 
 def _stream_error():
@@ -109,14 +117,13 @@ def _of_tensorflow(kind, message="First line.\n\nA stack of calls."):
         ),
         # A bucket, wherever the devices are.
         (
-            lambda: _of_tensorflow(
-                tf.errors.FailedPreconditionError,
-                "Error executing an HTTP request: Could not resolve host.",
-            ),
+            lambda: _of_tensorflow(tf.errors.FailedPreconditionError, _NO_HOST),
             "tpu",
             75,
-            "A file system or server does not answer: Error executing",
+            f"A file system or server does not answer: {_NO_HOST}",
         ),
+        (lambda: TimeoutError(110, "Timed out"), "auto", 75, "not answer"),
+        (lambda: OSError(errno.ESTALE, "Stale"), "auto", 75, "not answer"),
         # Here is no other machine that could be lost.
         (
             lambda: _of_tensorflow(tf.errors.UnavailableError),
@@ -135,6 +142,47 @@ def test_main_error_in_the_work_ends_with_its_code_and_one_paragraph(
     assert message in written
     assert "A stack of calls." not in written
     assert "Traceback" not in written
+
+
+@pytest.mark.parametrize(
+    ("error", "strategy", "code"),
+    [
+        (ValueError("wrong"), "one_device", 2),
+        (_of_tensorflow(tf.errors.NotFoundError), "tpu", 2),
+        (_of_tensorflow(tf.errors.UnavailableError), "tpu", 75),
+        (_of_tensorflow(tf.errors.UnavailableError), "one_device", 2),
+        (cloud_tpu.AwayError("away"), "tpu", 75),
+        # Of a bucket, whatever it was made of on the way.
+        (ValueError(f"'gs://a' cannot be read: {_NO_HOST}"), "one_device", 75),
+        (
+            _of_tensorflow(tf.errors.FailedPreconditionError, _NO_HOST),
+            "tpu",
+            75,
+        ),
+    ],
+)
+def test_main_error_before_the_work_ends_with_its_code(
+    error, strategy, code, monkeypatch
+):
+    def prepare(settings, _):
+        settings.strategy = strategy
+        raise error
+
+    monkeypatch.setattr(run, "_prepare", prepare)
+    assert program.main("--dataset=photo_patches") == code
+
+
+def test_predictions_to_a_closed_pipe_end_without_a_traceback():
+    code = "import run\nrun._prepare = lambda *_: print_much\n"
+    code += "def print_much():\n    for _ in range(100_000): print('x' * 100)\n"
+    code += "from absl import app\napp.run(run.main)"
+    script = f'"{sys.executable}" -c "$1" --dataset=photo_patches | head -n 1'
+    finished = processes.run(
+        "bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}", "bash", code,
+        code=128 + signal.SIGPIPE,
+    )  # fmt: skip
+    assert finished.stdout == "x" * 100 + "\n"
+    assert "BrokenPipe" not in finished.stderr
 
 
 @pytest.mark.parametrize(
@@ -232,6 +280,80 @@ def test_main_after_a_divergence_has_recorded_the_steps_before_it(
         for name, dtype in reader.get_variable_to_dtype_map().items():
             if dtype.is_floating:
                 assert np.isfinite(reader.get_tensor(name)).all()
+
+
+def test_main_after_weights_that_are_not_finite_has_recorded_their_step(
+    tmp_path, monkeypatch, caplog
+):
+    def check(_, step):
+        raise trainer.TrainingDiverged(f"a kernel after step {step}")
+
+    monkeypatch.setattr(trainer, "_check_finite_weights", check)
+    words = [*_SMALL, f"--model_dir={tmp_path}", "--train_summary_steps=100"]
+    words += ["--checkpoint_steps=3", "--train_steps=30"]
+    assert program.main(*words) == 3
+    points = reporting.read_events(str(tmp_path)).scalars["train/loss"]
+    assert points[:, 0].tolist() == [3]
+    assert "step 3/30" in caplog.text
+
+
+def test_sweep_after_a_signal_starts_no_other_trial(tmp_path, monkeypatch):
+    started = []
+
+    def train(config, *_):
+        started.append(config.peak_learning_rate)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "train", train)
+    code = program.main(
+        "--train_mode=finetune",
+        "--checkpoint=none",
+        *_SMALL[:-1],
+        f"--model_dir={tmp_path}",
+        "--sweep_learning_rate=1,2,3",
+    )
+    assert code == 128 + signal.SIGTERM
+    assert len(started) == 1
+
+
+def test_sweep_in_the_directory_of_another_run_is_refused_before_training(
+    half_trained, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        trainer, "train", lambda *_: pytest.fail("training started")
+    )
+    words = ["--train_mode=finetune", "--checkpoint=none", *_SMALL[:-1]]
+    words += [f"--model_dir={half_trained}", "--sweep_learning_rate=1,2"]
+    assert program.main(*words) == 2
+    assert "holds a run of other networks" in capsys.readouterr().err
+
+
+def test_sweep_of_negative_epochs_is_refused_before_training(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        trainer, "train", lambda *_: pytest.fail("training started")
+    )
+    words = ["--train_mode=finetune", "--checkpoint=none", *_SMALL[:-1]]
+    words += [f"--model_dir={tmp_path}", "--sweep_train_epochs=1,-5"]
+    assert program.main(*words) == 2
+    assert "must not be negative. Received: -5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("level", "folder", "is_shown"),
+    [
+        (logging.INFO, "tensorflow_datasets", False),
+        (logging.WARNING, "tensorflow_datasets", False),
+        (logging.ERROR, "tensorflow_datasets", True),
+        (logging.INFO, os.path.dirname(run.__file__), True),
+    ],
+)
+def test_log_shows_errors_alone_of_libraries(level, folder, is_shown):
+    run._set_up_log()
+    record = logging.LogRecord("absl", level, f"{folder}/x.py", 1, "", (), None)
+    handler = absl_logging.get_absl_handler()
+    assert bool(handler.filter(record)) == is_shown
 
 
 def test_signals_of_one_run_are_not_those_of_the_next():
@@ -333,3 +455,46 @@ def test_eval_of_a_run_that_lives_goes_on_to_its_last_checkpoint(
     )
     assert program.main("--mode=eval", f"--model_dir={directory}") == 0
     assert evaluated == [2, 3]
+
+
+def test_eval_slower_than_the_timeout_evaluates_the_checkpoint_of_meanwhile(
+    half_trained, tmp_path, monkeypatch, evaluated
+):
+    directory = tmp_path / "run"
+    shutil.copytree(half_trained, directory)
+
+    def evaluate(_, step):
+        """The trainer writes its last checkpoint meanwhile, and ends."""
+        evaluated.append(step)
+        if step == 2:
+            for name in ("index", "data-00000-of-00001"):
+                shutil.copy(
+                    directory / f"ckpt-2.{name}", directory / f"ckpt-4.{name}"
+                )
+            state = (directory / "checkpoint").read_text()
+            (directory / "checkpoint").write_text(
+                state.replace("ckpt-2", "ckpt-4")
+            )
+        for path in directory.iterdir():
+            os.utime(path, (1e9, 1e9))
+
+    monkeypatch.setattr(experiment.Run, "evaluate", evaluate)
+    monkeypatch.setattr(
+        checkpoint,
+        "checkpoint_step",
+        lambda path: int(path.rpartition("-")[2]),
+    )
+    assert program.main("--mode=eval", f"--model_dir={directory}") == 0
+    assert evaluated == [2, 4]
+
+
+def test_eval_of_a_run_that_is_deleted_meanwhile_ends(
+    half_trained, tmp_path, capsys, monkeypatch, evaluated
+):
+    directory = tmp_path / "run"
+    shutil.copytree(half_trained, directory)
+    monkeypatch.setattr(
+        experiment.Run, "evaluate", lambda *_: shutil.rmtree(directory)
+    )
+    assert program.main("--mode=eval", f"--model_dir={directory}") == 75
+    assert "is gone" in capsys.readouterr().err

@@ -159,15 +159,12 @@ def test_plan_of_a_checkpoint_that_cannot_be_reached_is_of_all_else(
 ):
     """As the second stage of a recipe where there is no network."""
 
-    def exists(path):
-        if path.startswith("gs://"):
-            raise tf.errors.FailedPreconditionError(
-                None, None, "Could not resolve host.\nwhen reading gs://b/x"
-            )
-        return gfile_exists(path)
+    def stat(_):
+        raise tf.errors.FailedPreconditionError(
+            None, None, "Could not resolve host.\nwhen reading gs://b/x"
+        )
 
-    gfile_exists = tf.io.gfile.exists
-    monkeypatch.setattr(tf.io.gfile, "exists", exists)
+    monkeypatch.setattr(tf.io.gfile, "stat", stat)
     plan = _plan(
         capsys,
         "--train_mode=finetune",
@@ -178,7 +175,8 @@ def test_plan_of_a_checkpoint_that_cannot_be_reached_is_of_all_else(
         "--model_dir=gs://bucket/linear",
     )
     assert "classifier on gs://bucket/run, imagenet2012" in plan["training"]
-    assert "not known: Could not resolve host." in plan["checkpoints"]
+    assert "it is unknown whether there is a checkpoint" in plan["checkpoints"]
+    assert "Could not resolve host. when reading" in plan["checkpoints"]
     assert "known once gs://bucket/run is there" in plan["sizes"]
 
 

@@ -222,6 +222,23 @@ def test_split_with_hidden_labels_is_refused_before_training(
     assert "Split 'validation' has labels." in error
 
 
+def test_training_on_a_split_with_hidden_labels_is_refused(imagenet, capsys):
+    code = program.main(
+        *_SMALL,
+        "--train_mode=finetune",
+        "--checkpoint=none",
+        "--dataset=imagenet2012",
+        "--train_split=test",
+        f"--data_dir={imagenet}",
+        f"--model_dir={imagenet}/other",
+    )
+    assert code == 2
+    error = capsys.readouterr().err
+    assert (
+        "All labels of --train_split=test of imagenet2012 are hidden" in error
+    )
+
+
 def test_imagenet_without_test_archive_has_two_splits(tmp_path):
     _write_imagenet(tmp_path / "downloads" / "manual")
     options = {"data_dir": str(tmp_path)}
@@ -246,7 +263,9 @@ def test_progress_is_logged_where_there_is_no_terminal(
 
     def prepare_until_reported(*arguments):
         download_and_prepare(*arguments)
-        while not any(size in line for line in log):
+        for _ in range(10_000):  # a line every 0.01 s
+            if any(size in line for line in log):
+                return
             time.sleep(0.01)
 
     monkeypatch.setattr(
@@ -255,6 +274,7 @@ def test_progress_is_logged_where_there_is_no_terminal(
     data.load("cifar10", data_dir=str(tmp_path))
     lines = [line for line in log if "extracted" in line]
     assert all(line.startswith("Preparing cifar10: ") for line in lines)
+    assert any(size in line for line in lines)
     assert lines[-1].endswith(" s so far.")
 
 
@@ -390,6 +410,56 @@ def test_network_failure_names_its_url(tmp_path, monkeypatch, error):
     message = _failure("mnist", tmp_path)
     assert "the download of https://a.b/c failed: " in message
     assert "`tfds build mnist` on a machine with network" in message
+
+
+def _raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        # The package is there; a part of it is not.
+        (ImportError("cannot import name 'foo'", name="numpy"), "'foo'"),
+        (
+            _raised_from(
+                OSError(errno.ENOSPC, "No space left"), ConnectionError("cut")
+            ),
+            "files cannot be written",
+        ),
+        (
+            _raised_from(
+                RuntimeError("preparing"), ModuleNotFoundError(name="scipy")
+            ),
+            "package 'scipy' is missing",
+        ),
+    ],
+)
+def test_failure_is_explained_by_the_outermost_known_error(
+    tmp_path, monkeypatch, error, reason
+):
+    _fail_with(monkeypatch, error)
+    assert reason in _failure("mnist", tmp_path).split("failed: ")[1]
+
+
+def test_failure_beside_an_optional_import_is_not_blamed_on_it(
+    tmp_path, monkeypatch
+):
+    error = RuntimeError("the file is corrupt")
+    error.__context__ = ModuleNotFoundError(name="optional")
+    _fail_with(monkeypatch, error)
+    message = _failure("mnist", tmp_path)
+    assert message.endswith("RuntimeError: the file is corrupt")
+
+
+def test_archive_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "downloads" / "manual"
+    _write_imagenet(folder)
+    path = str(folder / "ILSVRC2012_img_train.tar")
+    error = PermissionError(errno.EACCES, "Permission denied", path)
+    _fail_with(monkeypatch, error)
+    assert f"'{path}' cannot be read" in _failure("imagenet2012", tmp_path)
 
 
 def _fail_with(monkeypatch, error):

@@ -11,6 +11,7 @@ import numpy as np
 import process_state
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from absl import flags
 from absl import logging as absl_logging
 
@@ -35,6 +36,7 @@ _CHANGES = {
     "image data format": lambda: keras.config.set_image_data_format(
         "channels_first"
     ),
+    "progress bars of TFDS": lambda: tfds.display_progress_bar(False),
     "flags": lambda: flags.FLAGS(["run.py", "--seed=5"]),
     "environment": lambda: os.environ.update(A_VARIABLE_OF_A_TEST="1"),
     "working directory": lambda: os.chdir("/"),

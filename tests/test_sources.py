@@ -287,6 +287,26 @@ def test_damaged_npz_is_refused(tmp_path, content):
         data.load(str(tmp_path / "x.npz"))
 
 
+def test_npz_whose_compressed_images_are_damaged_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    np.savez_compressed(path, images=images // 64)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"images.npy") + 60
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="No .npz archive can be read"):
+        data.load(str(path))
+
+
+def test_npz_test_labels_without_test_images_are_refused(tmp_path):
+    path = str(tmp_path / "x.npz")
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    np.savez(path, images=images, labels_test=np.arange(5))
+    with pytest.raises(ValueError, match="without `images_test`"):
+        data.load(path)
+
+
 def test_npy_under_the_name_of_an_archive_is_refused(tmp_path):
     with open(tmp_path / "x.npz", "wb") as file:
         np.save(file, np.zeros(3))

@@ -255,6 +255,24 @@ def test_unreachable_bucket_is_outlined_from_imagenet(monkeypatch):
         data.load("gs://bucket/photos")
 
 
+def test_image_that_may_not_be_read_is_unreadable_as_a_local_one_is(
+    tmp_path, upload, monkeypatch
+):
+    names = [f"train/a/{i}.png" for i in range(3)]
+    bucket = upload(write_pictures(tmp_path, names, size=(16, 16)))
+
+    def open_binary(path):
+        if path.endswith("1.png"):
+            raise tf.errors.PermissionDeniedError(None, None, "403")
+        return open_any(path)
+
+    open_any = storage.open_binary
+    monkeypatch.setattr(storage, "open_binary", open_binary)
+    dataset = data.load(bucket)
+    assert dataset.unreadable == ("train/a/1.png",)
+    assert dataset.num_examples == 2
+
+
 def test_unreachable_folder_of_tfds_is_one_line(monkeypatch):
     def fail(*_):
         raise tf.errors.FailedPreconditionError(None, None, "no\n\t network")

@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import signal
 
@@ -27,7 +26,6 @@ import resnet
 import run
 import trainer
 
-_ROOT = pathlib.Path(run.__file__).parent
 _SMALL = [
     "--dataset=photo_patches",
     "--resnet_depth=10",
@@ -51,6 +49,15 @@ _TRAIN = [
 
 def _start(directory, *words):
     return processes.Process("run.py", f"--model_dir={directory}", *words)
+
+
+def _start_pausing(step, directory):
+    """Returns a training run that waits, after a step, for a signal."""
+    process = processes.Process(
+        "tests/pausing_run.py", step, f"--model_dir={directory}", *_TRAIN
+    )
+    process.wait_for_log("Paused.")
+    return process
 
 
 def _tensors(directory, step=_STEPS):
@@ -83,12 +90,10 @@ def killed(tmp_path_factory):
     """A run that is killed, then terminated, then finished, and followed."""
     directory = tmp_path_factory.mktemp("killed") / "run"
     follower = _start(directory, "--mode=eval")
-    process = _start(directory, *_TRAIN)
-    process.wait_until((directory / "ckpt-10.index").exists)
+    process = _start_pausing(10, directory)
     process.send(signal.SIGKILL)
     process.finish(-signal.SIGKILL)
-    process = _start(directory, *_TRAIN)
-    process.wait_for_log(f"/{_STEPS}, epoch")  # its first step is done
+    process = _start_pausing(30, directory)
     process.send(signal.SIGTERM)
     terminated = process.finish(128 + signal.SIGTERM).stderr
     _start(directory, *_TRAIN).finish()
@@ -269,17 +274,14 @@ def test_a_finished_run_says_so(pretrained, caplog):
 
 
 def test_bfloat16_trains(tmp_path):
-    try:
-        code = program.main(
-            f"--model_dir={tmp_path}",
-            *_SMALL,
-            "--mixed_precision",
-            "--train_steps=2",
-            "--mode=train_then_eval",
-            "--eval_split=test[:200]",
-        )
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
+    code = program.main(
+        f"--model_dir={tmp_path}",
+        *_SMALL,
+        "--mixed_precision",
+        "--train_steps=2",
+        "--mode=train_then_eval",
+        "--eval_split=test[:200]",
+    )
     assert code == 0
 
 

@@ -2,7 +2,6 @@
 """Several machines train one network: here, processes that talk over gRPC."""
 
 import json
-import pathlib
 import signal
 
 import cluster
@@ -13,7 +12,6 @@ import tensorflow as tf
 
 import checkpoint
 
-_ROOT = pathlib.Path(checkpoint.__file__).parent
 _FLAGS = [
     "--objective=simclr",
     "--dataset=photo_patches",
@@ -26,9 +24,9 @@ _FLAGS = [
 _LOST = 75
 
 
-def _start(config, model_dir, *more):
+def _start(config, model_dir, *more, pause_at=None):
     return processes.Process(
-        "run.py",
+        *(("tests/pausing_run.py", pause_at) if pause_at else ("run.py",)),
         *_FLAGS,
         f"--model_dir={model_dir}",
         *more,
@@ -110,8 +108,11 @@ def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
     flags = ["--train_steps=100", "--checkpoint_steps=10"]
     _train(2, tmp_path / "whole", *flags)
     killed = tmp_path / "killed"
-    started = [_start(c, killed, *flags) for c in cluster.tf_configs(2)]
-    started[victim].wait_until((killed / "ckpt-20.index").exists)
+    started = [
+        _start(config, killed, *flags, pause_at=20 if index == victim else None)
+        for index, config in enumerate(cluster.tf_configs(2))
+    ]
+    started[victim].wait_for_log("Paused.")
     started[victim].send(signal.SIGKILL)
     started[victim].finish(-signal.SIGKILL)
     log = started[1 - victim].finish(_LOST).stderr
