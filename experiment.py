@@ -584,7 +584,7 @@ def _compare_runs(
     directory: str,
     before: dict[str, Any],
     now: dict[str, Any],
-    reports_flags: bool,
+    reports_flags: bool = True,
 ) -> None:
     """Refuses to go on with other networks; reports other flags, if asked."""
 
