@@ -160,12 +160,9 @@ def _state_bytes(
 ) -> tuple[int, int] | None:
     """Returns the bytes of the networks, and of all that is saved."""
     start = run.settings.checkpoint
-    if start:
-        files = (start, f"{start}.index")  # directory or file; prefix of files
-        if storage.why_unreachable(start) or not any(
-            map(tf.io.gfile.exists, files)
-        ):
-            return None
+    files = (start, f"{start}.index")  # directory or file; prefix of files
+    if start and not any(map(storage.is_reachable, files)):
+        return None
     trainer.freeze(config, run.networks)
     optimizers = trainer.build_optimizers(config, run.networks)
     networks = sum(

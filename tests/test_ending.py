@@ -316,28 +316,37 @@ def test_sweep_after_a_signal_starts_no_other_trial(tmp_path, monkeypatch):
     assert len(started) == 1
 
 
-def test_sweep_in_the_directory_of_another_run_is_refused_before_training(
-    half_trained, capsys, monkeypatch
-):
+def _check_sweep_is_refused(message, directory, flag, capsys, monkeypatch):
     monkeypatch.setattr(
         trainer, "train", lambda *_: pytest.fail("training started")
     )
     words = ["--train_mode=finetune", "--checkpoint=none", *_SMALL[:-1]]
-    words += [f"--model_dir={half_trained}", "--sweep_learning_rate=1,2"]
-    assert program.main(*words) == 2
-    assert "holds a run of other networks" in capsys.readouterr().err
+    assert program.main(*words, f"--model_dir={directory}", flag) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sweep_in_the_directory_of_another_run_is_refused_before_training(
+    half_trained, capsys, monkeypatch
+):
+    _check_sweep_is_refused(
+        "holds a run of other networks",
+        half_trained,
+        "--sweep_learning_rate=1,2",
+        capsys,
+        monkeypatch,
+    )
 
 
 def test_sweep_of_negative_epochs_is_refused_before_training(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        trainer, "train", lambda *_: pytest.fail("training started")
+    _check_sweep_is_refused(
+        "must not be negative. Received: -5",
+        tmp_path,
+        "--sweep_train_epochs=1,-5",
+        capsys,
+        monkeypatch,
     )
-    words = ["--train_mode=finetune", "--checkpoint=none", *_SMALL[:-1]]
-    words += [f"--model_dir={tmp_path}", "--sweep_train_epochs=1,-5"]
-    assert program.main(*words) == 2
-    assert "must not be negative. Received: -5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -390,6 +399,31 @@ def evaluated(monkeypatch):
     return steps
 
 
+@pytest.fixture
+def write_checkpoint(monkeypatch):
+    """Returns a function that writes a later checkpoint of `half_trained`.
+
+    It holds the weights of step 2; its name alone says of which step it is.
+    """
+    monkeypatch.setattr(
+        checkpoint,
+        "checkpoint_step",
+        lambda path: int(path.rpartition("-")[2]),
+    )
+
+    def write(directory, step):
+        for name in ("index", "data-00000-of-00001"):
+            shutil.copy(
+                directory / f"ckpt-2.{name}", directory / f"ckpt-{step}.{name}"
+            )
+        state = (directory / "checkpoint").read_text()
+        (directory / "checkpoint").write_text(
+            state.replace("ckpt-2", f"ckpt-{step}")
+        )
+
+    return write
+
+
 def test_eval_of_a_file_is_refused(tmp_path, capsys):
     path = tmp_path / "file"
     path.touch()
@@ -425,7 +459,7 @@ def test_eval_of_a_run_whose_trainer_died_ends_after_its_checkpoints(
 
 
 def test_eval_of_a_run_that_lives_goes_on_to_its_last_checkpoint(
-    half_trained, tmp_path, monkeypatch, evaluated
+    half_trained, tmp_path, monkeypatch, evaluated, write_checkpoint
 ):
     directory = tmp_path / "run"
     shutil.copytree(half_trained, directory)
@@ -437,28 +471,16 @@ def test_eval_of_a_run_that_lives_goes_on_to_its_last_checkpoint(
             record = json.loads((directory / "run.json").read_text())
             record["train_steps"] = 3
             (directory / "run.json").write_text(json.dumps(record))
-            for name in ("index", "data-00000-of-00001"):
-                shutil.copy(
-                    directory / f"ckpt-2.{name}", directory / f"ckpt-3.{name}"
-                )
-            state = (directory / "checkpoint").read_text()
-            (directory / "checkpoint").write_text(
-                state.replace("ckpt-2", "ckpt-3")
-            )
+            write_checkpoint(directory, 3)
 
     check_trainer = run._check_trainer_lives
     monkeypatch.setattr(run, "_check_trainer_lives", check)
-    monkeypatch.setattr(
-        checkpoint,
-        "checkpoint_step",
-        lambda path: int(path.rpartition("-")[2]),
-    )
     assert program.main("--mode=eval", f"--model_dir={directory}") == 0
     assert evaluated == [2, 3]
 
 
 def test_eval_slower_than_the_timeout_evaluates_the_checkpoint_of_meanwhile(
-    half_trained, tmp_path, monkeypatch, evaluated
+    half_trained, tmp_path, monkeypatch, evaluated, write_checkpoint
 ):
     directory = tmp_path / "run"
     shutil.copytree(half_trained, directory)
@@ -467,23 +489,11 @@ def test_eval_slower_than_the_timeout_evaluates_the_checkpoint_of_meanwhile(
         """The trainer writes its last checkpoint meanwhile, and ends."""
         evaluated.append(step)
         if step == 2:
-            for name in ("index", "data-00000-of-00001"):
-                shutil.copy(
-                    directory / f"ckpt-2.{name}", directory / f"ckpt-4.{name}"
-                )
-            state = (directory / "checkpoint").read_text()
-            (directory / "checkpoint").write_text(
-                state.replace("ckpt-2", "ckpt-4")
-            )
+            write_checkpoint(directory, 4)
         for path in directory.iterdir():
             os.utime(path, (1e9, 1e9))
 
     monkeypatch.setattr(experiment.Run, "evaluate", evaluate)
-    monkeypatch.setattr(
-        checkpoint,
-        "checkpoint_step",
-        lambda path: int(path.rpartition("-")[2]),
-    )
     assert program.main("--mode=eval", f"--model_dir={directory}") == 0
     assert evaluated == [2, 4]
 
