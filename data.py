@@ -20,10 +20,10 @@ import tensorflow as tf
 from absl import logging
 
 import data_util
-import saliency as saliency_lib
-import sources
-import storage
-from sources import Arrays, Dataset, Files, Records
+from contrastive import storage
+from contrastive.sources import saliency as saliency_lib
+from contrastive.sources import sources
+from contrastive.sources.sources import Arrays, Dataset, Files, Records
 
 _FOREVER = 1 << 30  # steps
 _CHUNK = 8  # examples decoded by one call

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 requirements=${1:-requirements.txt}
-stamp=".venv/installed-$(basename "$requirements")"
+stamp=.venv/installed-$(basename "$requirements")
 
 if [[ ! -x .venv/bin/python ]]; then
   python=${PYTHON:-}
@@ -22,9 +22,9 @@ if [[ ! -x .venv/bin/python ]]; then
   echo "Making .venv with $("$python" --version) ..." >&2
   "$python" -m venv .venv
 fi
-if ! cat requirements*.txt | cmp --quiet - "$stamp"; then
+if ! cat requirements.txt requirements/*.txt | cmp --quiet - "$stamp"; then
   echo "Installing $requirements (some minutes the first time) ..." >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     -r "$requirements"
-  cat requirements*.txt > "$stamp"
+  cat requirements.txt requirements/*.txt > "$stamp"
 fi

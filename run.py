@@ -39,34 +39,28 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
-import check_tpu
-import checkpoint as checkpoint_lib
 import data
 import data_util
-import devices
-import embed
-import experiment
-import export
-import features
-import methods
 import model
 import objective
-import plan
-import probe
-import reporting
 import resnet
-import run_report
-import saliency
-import selftest
-import sources as sources_lib
-import storage
-import tpu_slices
-import trainer
-from experiment import Run, Settings
+from contrastive import storage
+from contrastive.commands import check_tpu, experiment, plan, selftest
+from contrastive.commands.experiment import Run, Settings
+from contrastive.config import methods
+from contrastive.devices import devices, tpu_slices
+from contrastive.evaluation import embed, features, probe
+from contrastive.report import reporting, run_report
+from contrastive.sources import saliency
+from contrastive.sources import sources as sources_lib
+from contrastive.training import trainer
+from contrastive.weights import checkpoint as checkpoint_lib
+from contrastive.weights import export
 
 FLAGS = flags.FLAGS
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.join(_HERE, "contrastive", "")
 _EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
 _EXIT_DIFFERS = 1
@@ -1092,6 +1086,7 @@ def _set_up_log() -> None:
         lambda record: (
             record.levelno > std_logging.WARNING
             or os.path.dirname(record.pathname) == _HERE
+            or record.pathname.startswith(_PACKAGE)
         )
     )
 

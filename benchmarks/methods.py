@@ -27,9 +27,9 @@ import tensorflow as tf
 from absl import flags, logging
 
 import data
-import experiment
 import run
-import trainer
+from contrastive.commands import experiment
+from contrastive.training import trainer
 
 
 def main() -> None:

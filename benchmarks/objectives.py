@@ -23,12 +23,11 @@ sys.path.insert(0, str(_ROOT))
 import keras
 import numpy as np
 
-import checkpoint
 import data
-import features
-import labelled
 import model
-import probe
+from contrastive.evaluation import features, probe
+from contrastive.sources import labelled
+from contrastive.weights import checkpoint
 
 _COMMON = [
     "--resnet_depth=10",

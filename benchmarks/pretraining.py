@@ -29,14 +29,14 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]
 
 import keras
 import numpy as np
-import replica_run
 import tensorflow as tf
 
 import data
 import data_util
-import devices
 import model
-import trainer
+from contrastive.devices import devices
+from contrastive.training import trainer
+from tests.support import replica_run
 
 
 def main() -> None:

@@ -18,13 +18,12 @@ for _name in (
     os.environ.pop(_name, None)
 
 import numpy as np
-import process_state
-import processes
 import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 
 import data
+from tests.support import process_state, processes
 
 _GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 _AT_START = process_state.snapshot()

@@ -13,8 +13,9 @@ import subprocess
 import sys
 
 import numpy as np
-import processes
 import pytest
+
+from tests.support import processes
 
 _FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 _NUMBER = r"\d[\d,]*(\.\d+)?"  # neither nan nor inf

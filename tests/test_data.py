@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from test_sources import write_pictures, write_records
 
 import data
 import data_util
+from tests.sources.test_sources import write_pictures, write_records
 
 _VIEW = data_util.Augmentation(size=8)
 _SMALL_VIEW = data_util.Augmentation(size=4)

@@ -6,11 +6,11 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-import replica_run
 import tensorflow as tf
 
 import model
 import resnet
+from tests.support import replica_run
 
 FEATURES = 6
 

@@ -7,10 +7,10 @@ import json
 
 import numpy as np
 import pytest
-import ref_losses
 import tensorflow as tf
 
 import objective
+from tests.support import ref_losses
 
 _T = 0.3
 

@@ -8,9 +8,10 @@ import sys
 
 import keras
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
+
+from tests.support import processes
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))

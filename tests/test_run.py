@@ -8,20 +8,19 @@ import re
 import shlex
 
 import numpy as np
-import processes
-import program
 import pytest
 import tensorflow as tf
 from absl import flags
-from replica_run import architecture
 
-import checkpoint
 import data_util
-import experiment
-import methods
 import model
 import run
-import trainer
+from contrastive.commands import experiment
+from contrastive.config import methods
+from contrastive.training import trainer
+from contrastive.weights import checkpoint
+from tests.support import processes, program
+from tests.support.replica_run import architecture
 
 _ROOT = pathlib.Path(run.__file__).parent
 

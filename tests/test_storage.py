@@ -6,17 +6,17 @@ import os
 import pathlib
 
 import numpy as np
-import program
 import pytest
 import tensorflow as tf
 from etils.epath import gpath, register
 from PIL import Image
-from test_sources import write_pictures, write_records
 
 import data
-import features
-import labelled
-import storage
+from contrastive import storage
+from contrastive.evaluation import features
+from contrastive.sources import labelled
+from tests.sources.test_sources import write_pictures, write_records
+from tests.support import program
 
 _BUCKET = "ram://storage-test"
 
