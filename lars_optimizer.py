@@ -28,21 +28,19 @@ class LARS(keras.optimizers.Optimizer):
 
     Source: You et al., arXiv:1708.03888; google-research/simclr@383d414,
     tf2/lars_optimizer.py with `classic_momentum=True`; DeepMind's
-    byol/utils/optimizers.py. Differs from them: what is excluded is decided by
-    rank, not by name, so a classifier that must not be decayed (SimCLR's
+    byol/utils/optimizers.py. Differs from them: the rank, not the name,
+    excludes a weight, so a classifier that must not be decayed (SimCLR's
     supervised head) takes an optimizer of its own.
 
     Args:
-        learning_rate: float, or a `LearningRateSchedule`, or a callable
-            without arguments.
+        learning_rate: float, `LearningRateSchedule` or callable.
         momentum: weight of the old velocity, in [0, 1).
-        l2: weight decay, added to the gradient before the scaling; >= 0. It is
-            not Keras's `weight_decay`, which is subtracted from the weight.
+        l2: weight decay, >= 0; unlike Keras's, it is scaled with the gradient.
         eeta: trust coefficient, > 0 (the papers' eta).
         nesterov: whether a step looks ahead: `momentum * v + g` (or
             `+ learning_rate * g`) in the place of `v`.
         variant: "simclr" or "deepmind".
-        name: of the optimizer.
+        name: name of the optimizer.
 
     Raises:
         ValueError: if `variant` is unknown or a number is out of its range.
@@ -66,15 +64,11 @@ class LARS(keras.optimizers.Optimizer):
         if not 0 <= momentum < 1 or l2 < 0 or eeta <= 0:
             raise ValueError(
                 "`momentum` must be in [0, 1), `l2` not negative and `eeta` "
-                f"positive. Received: momentum={momentum}, l2={l2}, "
-                f"eeta={eeta}."
+                f"positive. Received: {momentum=}, {l2=}, {eeta=}."
             )
         super().__init__(learning_rate, name=name)
-        self.momentum = momentum
-        self.l2 = l2
-        self.eeta = eeta
-        self.nesterov = nesterov
-        self.variant = variant
+        self.momentum, self.l2, self.eeta = momentum, l2, eeta
+        self.nesterov, self.variant = nesterov, variant
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the velocities and decides which weights are scaled."""
@@ -96,51 +90,30 @@ class LARS(keras.optimizers.Optimizer):
             gradient = gradient + self.l2 * variable
             gradient = gradient * self._trust_ratio(gradient, variable)
 
-        rate_in, rate_out = (
-            (learning_rate, 1.0)
-            if self.variant == "simclr"
-            else (1.0, learning_rate)
-        )
+        rates = (learning_rate, 1.0)
+        rate_in, rate_out = rates if self.variant == "simclr" else rates[::-1]
         step = rate_in * gradient
         next_velocity = self.momentum * velocity + step
-        if self.nesterov:
-            step = self.momentum * next_velocity + step
-        else:
-            step = next_velocity
+        ahead = self.momentum * next_velocity + step
+        step = ahead if self.nesterov else next_velocity
         self.assign(velocity, next_velocity)
         self.assign_sub(variable, rate_out * step)
 
     def _trust_ratio(
         self, gradient: tf.Tensor, variable: tf.Variable
     ) -> tf.Tensor:
-        weight_norm, gradient_norm = _norm(variable), _norm(gradient)
-        ratio = ops.where(
-            ops.minimum(weight_norm, gradient_norm) > 0,
-            self.eeta * weight_norm / gradient_norm,
-            1.0,
+        # `keras.ops.norm` refuses the rank 4 of convolution kernels.
+        weight_norm, gradient_norm = (
+            ops.sqrt(ops.sum(ops.square(ops.cast(x, "float32"))))
+            for x in (variable, gradient)
         )
-        return ops.cast(ratio, gradient.dtype)
+        ratio = self.eeta * weight_norm / gradient_norm
+        are_positive = ops.minimum(weight_norm, gradient_norm) > 0
+        return ops.cast(ops.where(are_positive, ratio, 1.0), gradient.dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments.
-
-        The base class's others (clipping, its own decay) do not apply.
-        """
+        """Returns the constructor's arguments, and no others of Keras's."""
+        own = "momentum", "l2", "eeta", "nesterov", "variant"
         base = super().get_config()
-        return {
-            "name": base["name"],
-            "learning_rate": base["learning_rate"],
-            "momentum": self.momentum,
-            "l2": self.l2,
-            "eeta": self.eeta,
-            "nesterov": self.nesterov,
-            "variant": self.variant,
-        }
-
-
-def _norm(x: tf.Tensor) -> tf.Tensor:
-    """Returns the float32 Euclidean norm over all axes.
-
-    `keras.ops.norm` refuses the rank 4 of convolution kernels.
-    """
-    return ops.sqrt(ops.sum(ops.square(ops.cast(x, "float32"))))
+        config = {key: base[key] for key in ("name", "learning_rate")}
+        return config | {key: getattr(self, key) for key in own}

@@ -113,7 +113,7 @@ def batched(images, augmentation, args, *, jit):
     if jit:
         augment = tf.function(augment, jit_compile=True)
 
-    # As in the trainer: a compiled call a view, in a step that is not compiled.
+    # As in training: one compiled call per view in a step that is not compiled.
     @tf.function
     def views(batch, step):
         ids = tf.range(len(batch))

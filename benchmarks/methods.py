@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of a step of each method, beside its encoder passes alone.
+"""Seconds of a step of each objective, beside its encoder passes alone.
 
-`passes` is what the method cannot do without: forward and backward of the
-encoder on the online views, one forward on the target's, on fixed images.
-`step` is all of training: input, views, heads, loss, queue, optimizer. Rounds
-of the two alternate in one process; medians are reported. The last column is
-step / passes relative to that of the first method: what this one costs beyond
-its passes.
+`passes` is the least that an objective computes: forward and backward passes
+of the encoder on the online views and one forward pass on the target's, on
+fixed images. `step` is all of training: input, views, heads, loss, queue and
+optimizer. Rounds of the two alternate in one process; medians are reported. The
+last column is step / passes relative to that of the first objective: the cost
+beyond the passes.
 
     python benchmarks/methods.py --methods simclr byol relicv2 semppl
 """
@@ -28,8 +28,8 @@ from absl import flags, logging
 
 import data
 import run
-from contrastive.commands import experiment
-from contrastive.training import trainer
+from contrastive.commands import session, train
+from contrastive.training import loop as loop_lib, views as views_lib
 
 
 def main() -> None:
@@ -77,24 +77,20 @@ def measure(name, args, more) -> tuple[float, dict[str, float]]:
             *more,
         ]
     )
-    described = experiment.Run(*run.resolve_flags())
-    config = experiment.make_train_config(
-        described.settings, described.train_data, 1
-    )
-    networks, strategy = described.networks, described.strategy
-    with strategy.scope():
-        optimizers = trainer.build_optimizers(config, networks)
+    opened = train.open_run(session.open_session(run.resolve_flags()))
+    config = opened.config()
+    state = train.create_state(opened, config)
     stream = iter(
         data.train_stream(
-            described.train_data, batch_size=config.batch_size, seed=config.seed
+            opened.train_data, batch_size=config.batch_size, seed=config.seed
         )
     )
-    loop = trainer.CompiledLoop(
-        strategy,
-        trainer.build_step(config, networks, optimizers),
+    loop = loop_lib.CompiledLoop(
+        opened.session.strategy,
+        loop_lib.build_step(config, state),
         config.jit_compile,
     )
-    passes = make_passes(config, networks, next(stream))
+    passes = make_passes(config, state.networks, next(stream))
     programs = {
         "step": lambda: loop(stream, args.steps),
         "passes": lambda: [passes() for _ in range(args.steps)],
@@ -115,7 +111,7 @@ def measure(name, args, more) -> tuple[float, dict[str, float]]:
 
 def make_passes(config, networks, batch):
     """Returns the function that runs the encoder on all views."""
-    views = trainer.make_views(batch, config.views, config.seed)
+    views = views_lib.make_views(batch, config.views, config.seed)
     large = config.num_large_views
     groups = [
         tf.concat(group, 0) for group in (views[:large], views[large:]) if group

@@ -25,9 +25,10 @@ import numpy as np
 
 import data
 import model
+from contrastive import run_record
 from contrastive.evaluation import features, probe
-from contrastive.sources import labelled
-from contrastive.weights import checkpoint
+from contrastive.sources import labels
+from contrastive.weights import loading
 
 _COMMON = [
     "--resnet_depth=10",
@@ -46,6 +47,7 @@ _COLOURS = {
     "photo_patches": (0.2, ["--grayscale_probability=0"]),
     "cifar10": (0.5, []),
 }
+# With SimCLR's encoder and augmentation.
 _OF_SIMCLR_FAMILY = {
     "simclr": ["--temperature=0.5"],
     "rpc": [],
@@ -57,6 +59,9 @@ _OF_SIMCLR_FAMILY = {
 _LABELS_PER_CLASS = 5
 _MAX_TRAIN_EXAMPLES = 5_000
 _DRAWS = 5  # of one label a class
+# With SimCLR's encoder and BYOL's augmentation.
+_OF_STATISTICS = {"barlow_twins": [], "vicreg": []}
+# With BYOL's encoder and augmentation.
 _OF_MULTI_VIEW = {
     "byol": [],
     "relic": [],
@@ -80,7 +85,7 @@ _OF_MULTI_VIEW = {
     ],
     "semppl, all labels": [],
 }
-_ROWS = {**_OF_SIMCLR_FAMILY, **_OF_MULTI_VIEW}
+_ROWS = {**_OF_SIMCLR_FAMILY, **_OF_STATISTICS, **_OF_MULTI_VIEW}
 _COLUMNS = ("linear", "kNN", "1 a class", "5 a class")
 
 
@@ -115,20 +120,20 @@ def main() -> None:
         start = time.monotonic()
         pretrain(row, folder, args, more)
         minutes = (time.monotonic() - start) / 60
-        family = "SimCLR" if row in _OF_SIMCLR_FAMILY else "BYOL"
+        family = "BYOL" if row in _OF_MULTI_VIEW else "SimCLR"
         if family not in families:
             # Their encoders start differently.
             families.add(family)
             random = measure(untrained(folder, args.seed), splits, args.seed)
             lines.append(line(f"random encoder, {family}'s", random, 0.0))
-        trained = checkpoint.load_encoder(str(folder))
+        trained = loading.load_encoder(str(folder))
         lines.append(line(row, measure(trained, splits, args.seed), minutes))
         print(lines[-1], flush=True)
     print("\n".join(lines))
 
 
 def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
-    """Runs the program; goes on where it was if it has run already."""
+    """Runs the program; resumes a run that is there already."""
     strength, colour = _COLOURS.get(args.dataset, (0.5, []))
     if row in _OF_SIMCLR_FAMILY:
         views = [f"--color_jitter_strength={strength}", "--use_blur=false"]
@@ -168,8 +173,8 @@ def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
 def untrained(folder: pathlib.Path, seed: int):
     """Returns an encoder of the run's architecture with fresh weights."""
     keras.utils.set_random_seed(seed)
-    fields = checkpoint.read_run(str(folder))["architecture"]
-    architecture = model.Architecture(**fields).without_pretraining()
+    fields = run_record.read_run(str(folder))["architecture"]
+    architecture = model.Architecture.from_record(fields).without_pretraining()
     return model.encoder_of_images(model.build_networks(architecture))
 
 
@@ -178,7 +183,7 @@ def measure(encoder, splits, seed: int) -> list[float]:
 
     The 5 labels a class are those that SemPPL's row sees.
     """
-    labelled_ids = labelled.choose(
+    labelled_ids = labels.choose(
         splits[0], per_class=_LABELS_PER_CLASS, seed=seed
     )
     train, test = (

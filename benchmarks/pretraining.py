@@ -34,8 +34,9 @@ import tensorflow as tf
 import data
 import data_util
 import model
-from contrastive.devices import devices
-from contrastive.training import trainer
+from contrastive.devices import strategies
+from contrastive.training import loop as loop_lib, views as views_lib
+from contrastive.training.state import TrainState
 from tests.support import replica_run
 
 
@@ -52,7 +53,7 @@ def main() -> None:
 
     keras.utils.set_random_seed(0)
     dataset = data.load("photo_patches", "train")
-    strategy = devices.make_strategy("one_device")
+    strategy = strategies.make_strategy("one_device")
     with strategy.scope():
         networks = model.build_networks(
             dataclasses.replace(
@@ -69,11 +70,11 @@ def main() -> None:
             views=(view, view),
             batch_size=args.batch_size,
             num_examples=dataset.num_examples,
-            jit_augmentation=not devices.has_gpu(),
-            jit_compile=devices.has_gpu(),
+            jit_augmentation=not strategies.has_gpu(),
+            jit_compile=strategies.has_gpu(),
         )
-        optimizers = trainer.build_optimizers(config, networks)
-    programs = make_programs(config, networks, optimizers, strategy, dataset)
+        state = TrainState.create(config, networks)
+    programs = make_programs(config, state, strategy, dataset)
 
     for name, run in programs.items():
         started = time.monotonic()
@@ -95,7 +96,7 @@ def main() -> None:
     print(f"peak memory of the process: {peak:.1f} GiB")
 
 
-def make_programs(config, networks, optimizers, strategy, dataset):
+def make_programs(config, state, strategy, dataset):
     """Returns the four programs, each a function of the number of steps."""
     augment = data_util.augment
     if config.jit_augmentation:
@@ -111,15 +112,15 @@ def make_programs(config, networks, optimizers, strategy, dataset):
         )
 
     def views_of(batch):
-        return trainer.make_views(batch, config.views, config.seed, augment)
+        return views_lib.make_views(batch, config.views, config.seed, augment)
 
-    batch = next(iter(stream()))
+    networks, batch = state.networks, next(iter(stream()))
     fixed = [tf.Variable(view) for view in tf.function(views_of)(batch)]
-    step = trainer.build_step(config, networks, optimizers)
+    step = loop_lib.build_step(config, state)
     # The same step, given views instead of making them.
     made = dataclasses.replace(config, views=(config.views[0],) * 2)
-    step_alone = trainer.build_step(
-        made, networks, optimizers, make_views=lambda _: [v + 0 for v in fixed]
+    step_alone = loop_lib.build_step(
+        made, state, make_views=lambda _: [v + 0 for v in fixed]
     )
 
     @tf.function
@@ -143,8 +144,8 @@ def make_programs(config, networks, optimizers, strategy, dataset):
         return gradients[0].numpy()
 
     loops = {
-        "step": trainer.CompiledLoop(strategy, step_alone, config.jit_compile),
-        "both": trainer.CompiledLoop(strategy, step, config.jit_compile),
+        "step": loop_lib.CompiledLoop(strategy, step_alone, config.jit_compile),
+        "both": loop_lib.CompiledLoop(strategy, step, config.jit_compile),
     }
     iterators = {name: stream() for name in ("input", "step", "both")}
     return {

@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 
+import objective
 from tests.support import processes
 
 _FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
@@ -53,16 +54,18 @@ _CASES = {
         """,
     ),
     "objectives.py": (
-        "--rows simclr --steps=2 --dataset=images.npz "
+        "--rows simclr vicreg --steps=2 --dataset=images.npz "
         "--train_split=train[:50%] --test_split=train[50%:] --out=runs "
         "--image_size=8 --width_multiplier=0.1 --train_batch_size=8",
         """
         | simclr | # | # | # | # | # |
+        | vicreg | # | # | # | # | # |
         | images.npz | linear | kNN | 1 a class | 5 a class | minutes |
         |---|---|---|---|---|---|
         | raw pixels | # | # | # | # | # |
         | random encoder, SimCLR's | # | # | # | # | # |
         | simclr | # | # | # | # | # |
+        | vicreg | # | # | # | # | # |
         """,
     ),
     "pretraining.py": (
@@ -111,12 +114,25 @@ def test_benchmark_script_at_smallest_size_prints_numbers(tmp_path, script):
         assert re.fullmatch(pattern, line), result.stdout
 
 
-def test_objectives_failing_training_shows_whole_log(monkeypatch, tmp_path):
+@pytest.fixture
+def objectives():
+    """The module `benchmarks/objectives.py`."""
     spec = importlib.util.spec_from_file_location(
         "objectives", _FOLDER / "objectives.py"
     )
-    objectives = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(objectives)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_objectives_rows_are_of_objectives_and_of_all_but_siglip(objectives):
+    found = {row.split(",")[0] for row in objectives._ROWS}
+    assert found == set(objective.OBJECTIVES) - {"siglip"}
+
+
+def test_objectives_failing_training_shows_whole_log(
+    objectives, monkeypatch, tmp_path
+):
     log = "first line\n" + 10_000 * "between\n" + "last line\n"
     script = f"import sys; print({log!r}, file=sys.stderr); sys.exit(3)"
     run = subprocess.run

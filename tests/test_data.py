@@ -11,7 +11,9 @@ from PIL import Image
 
 import data
 import data_util
-from tests.sources.test_sources import write_pictures, write_records
+from contrastive.sources import decoding, records
+from contrastive.sources.order import Plan
+from tests.support.image_data import write_pictures, write_records
 
 _VIEW = data_util.Augmentation(size=8)
 _SMALL_VIEW = data_util.Augmentation(size=4)
@@ -46,12 +48,12 @@ def corner_crops(monkeypatch):
         return tf.ensure_shape(image, (size, size, channels))
 
     monkeypatch.setattr(
-        data_util,
+        decoding,
         "decode_crop",
         lambda encoded, _, view, channels: corner(encoded, view.size, channels),
     )
     monkeypatch.setattr(
-        data_util,
+        decoding,
         "decode_center_crop",
         lambda encoded, size, _, channels: corner(encoded, size, channels),
     )
@@ -105,26 +107,6 @@ def _assert_equal(actual, expected):
 # Order
 
 
-@pytest.mark.parametrize("size", [1, 2, 23, 1000, 4096])
-def test_permutation_has_each_index_once(size):
-    index = tf.range(size, dtype=tf.int64)
-    permuted = data._permute(index, size, 0, 1, tf.constant(2, tf.int64))
-    np.testing.assert_array_equal(np.sort(permuted), index)
-
-
-def test_permutations_of_neighbouring_epochs_and_seeds_do_not_correlate():
-    # 4,096 = 2^12, where the public `index_shuffle` correlates most.
-    index = tf.range(4096, dtype=tf.int64)
-    orders = [index] + [
-        data._permute(index, 4096, use, seed, tf.constant(epoch, tf.int64))
-        for use in (0, 1)
-        for seed in (0, 1, 2)
-        for epoch in (0, 1, 2)
-    ]
-    correlation = np.corrcoef(np.stack(orders)) - np.eye(len(orders))
-    assert np.abs(correlation).max() < 5 / 4096**0.5
-
-
 def test_every_epoch_has_each_example_once_in_another_order(whole):
     batch = _joined(whole)
     np.testing.assert_array_equal(batch["epoch"], np.arange(75) // 23)
@@ -155,21 +137,21 @@ def test_order_depends_on_the_seed(source, whole):
 
 
 def test_resumed_stream_reads_no_earlier_group(sources, monkeypatch):
-    read, read_shard = [], data._read_shard
+    read, read_shard = [], records._read_shard
 
     def spy(filename, *args):
         tf.py_function(lambda x: read.append(x.numpy()), [filename], [])
         return read_shard(filename, *args)
 
-    monkeypatch.setattr(data, "_read_shard", spy)
+    monkeypatch.setattr(records, "_read_shard", spy)
     source = sources["records"].source
     assert (len(source.filenames), source.shards_per_group) == (6, 2)
-    epoch = data._Plan(23, 23, 1, 0, 1, seed=1, first_step=5, num_steps=1)
-    assert len(list(data._record_rows(source, epoch))) == 23
+    epoch = Plan(23, 23, 1, 0, 1, seed=1, first_step=5, num_steps=1)
+    assert len(list(source.read(epoch, None))) == 23
     assert sorted(read) == [os.fsencode(name) for name in source.filenames]
     read.clear()
-    last_row = data._Plan(23, 1, 1, 0, 1, seed=1, first_step=137, num_steps=1)
-    assert len(list(data._record_rows(source, last_row))) == 1
+    last_row = Plan(23, 1, 1, 0, 1, seed=1, first_step=137, num_steps=1)
+    assert len(list(source.read(last_row, None))) == 1
     assert len(read) == 2
 
 

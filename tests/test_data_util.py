@@ -434,80 +434,10 @@ def test_a_view_does_not_depend_on_its_batch(images):
     np.testing.assert_allclose(batch[5:7], part, atol=1e-5)
 
 
-# Encoded files.
-
-
-def _picture(height=60, width=80):
-    y, x = np.mgrid[:height, :width]
-    picture = np.stack([2 * y, 2 * x, y + x], axis=-1)
-    return picture.astype(np.uint8)
-
-
-ENCODERS = {
-    "jpeg": functools.partial(tf.io.encode_jpeg, quality=100),
-    "png": tf.io.encode_png,
-}
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_decoded_crop_is_the_box_of_its_key(encoder):
-    augmentation = data_util.simclr_augmentation(SIZE)
-    encoded = ENCODERS[encoder](_picture())
-    keys = _keys(6)
-    boxes = data_util.random_crop_boxes(keys, 60, 80, augmentation)
-    crops = (
-        tf.data.Dataset.from_tensor_slices(keys)
-        .map(lambda key: data_util.decode_crop(encoded, key, augmentation))
-        .batch(6)
-        .get_single_element()
-    )
-    assert crops.dtype == tf.uint8
-    for crop, (y, x, h, w) in zip(crops, boxes.numpy(), strict=True):
-        part = _picture()[y : y + h, x : x + w]
-        expected = tf.image.resize(part, [SIZE, SIZE], "bicubic")
-        # JPEG itself is off by a few levels, most at the borders of chroma.
-        assert np.abs(np.float32(crop) - expected).mean() < 2.0
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_decoded_center_crop_is_that_of_eval_images(channels):
-    picture = _picture()[..., :channels]
-    crop = data_util.decode_center_crop(
-        tf.io.encode_png(picture), SIZE, channels=channels
-    )
-    expected = data_util.eval_images(
-        picture[np.newaxis], SIZE, crop_proportion=0.875
-    )
-    assert crop.shape == (SIZE, SIZE, channels)
-    np.testing.assert_allclose(crop / 255, expected[0], atol=0.51 / 255)
-
-
 # What is refused.
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"size": 0}, "`size` must be positive"),
-        ({"hue": 0.6}, "`hue` must be between 0 and 0.5"),
-        ({"contrast": 1.2}, "`contrast` must be between 0 and 1"),
-        ({"flip_probability": -0.1}, "`flip_probability`.*Received: -0.1"),
-        ({"crop_area": (0.5, 0.2)}, "`crop_area` must hold"),
-        ({"blur_sigma": (0.0, 2.0)}, "`blur_sigma` must hold"),
-        ({"brightness_mode": "both"}, "`brightness_mode` must be one of"),
-    ],
-)
-def test_settings_out_of_range_are_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
-        data_util.Augmentation(**({"size": SIZE} | setting))
 
 
 def test_images_of_another_size_are_refused_without_crop(images):
     augmentation = data_util.Augmentation(size=48, crop=False)
     with pytest.raises(ValueError, match="48 x 48 pixels.*Received: 32 x 32"):
         data_util.augment(images[:2], _keys(2), augmentation)
-
-
-def test_an_unknown_view_is_refused():
-    with pytest.raises(ValueError, match="`view` must be 0 or 1. Received: 2"):
-        data_util.byol_augmentation(SIZE, view=2)

@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of resnet.py. As a program: BatchNorm on several replicas."""
+"""Tests of resnet.py."""
 
-import inspect
 import itertools
-import pathlib
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-
-from tests.support import processes
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import resnet
 
@@ -29,298 +21,6 @@ def _count(model):
     return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 
 
-# --- BatchNorm on one replica
-
-
-def _batch_norm(x, gamma, beta, epsilon=resnet.BATCH_NORM_EPSILON):
-    """Returns float64 outputs, mean and biased variance of all but axis -1."""
-    x = x.astype("float64")
-    axes = tuple(range(x.ndim - 1))
-    mean, variance = x.mean(axes), x.var(axes)
-    return (
-        (x - mean) / np.sqrt(variance + epsilon) * gamma + beta,
-        mean,
-        variance,
-    )
-
-
-def _layer(x, **kwargs):
-    """Returns a built layer with weights other than their initial values."""
-    layer = resnet.GlobalBatchNorm(**kwargs)
-    layer.build(x.shape)
-    rng = np.random.default_rng(1)
-    for variable in layer.trainable_variables:
-        variable.assign(rng.uniform(0.5, 2.0, variable.shape))
-    return layer
-
-
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 4, 5)])
-def test_batch_norm_is_the_formula(shape, mode):
-    x = _random(*shape) * 3 + 2
-    layer = _layer(x, momentum=0.7)
-
-    def call(x):
-        return layer(x, training=True)
-
-    if mode != "eager":
-        call = tf.function(call, jit_compile=mode == "xla")
-    outputs = call(x)
-    expected, mean, variance = _batch_norm(
-        x, layer.gamma.numpy(), layer.beta.numpy()
-    )
-    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(layer.moving_mean, 0.3 * mean, rtol=1e-5)
-    np.testing.assert_allclose(
-        layer.moving_variance, 0.7 + 0.3 * variance, rtol=1e-5
-    )
-
-
-@pytest.mark.parametrize("mode", ["graph", "xla"])
-def test_a_large_mean_costs_no_precision_and_is_no_nan(mode):
-    x = _random(64, 8, 8, 4) + 1000
-    x[..., 0] = 1000  # nothing to normalize
-    layer = _layer(x)
-    layer.moving_mean.assign(tf.fill([4], 1001.0))
-    call = tf.function(layer, jit_compile=mode == "xla")
-    expected, mean, _ = _batch_norm(x, layer.gamma.numpy(), layer.beta.numpy())
-    np.testing.assert_allclose(call(x, training=True), expected, atol=1e-3)
-    np.testing.assert_allclose(
-        layer.moving_mean, 0.9 * 1001 + 0.1 * mean, rtol=1e-6
-    )
-
-
-def test_batch_norm_gradient_passes_through_the_statistics():
-    x = _random(2, 3, 3, 4)
-    weights = _random(2, 3, 3, 4)[::-1].copy()
-    layer = _layer(x)
-
-    def loss(x):
-        y, _, _ = _batch_norm(x, layer.gamma.numpy(), layer.beta.numpy())
-        return (y * weights).sum()
-
-    inputs = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        value = tf.reduce_sum(layer(inputs, training=True) * weights)
-    gradient = tape.gradient(value, inputs).numpy()
-    for index in [(0, 0, 0, 0), (1, 2, 1, 3)]:
-        delta = np.zeros_like(x, dtype="float64")
-        delta[index] = 1e-4
-        numeric = (loss(x + delta) - loss(x - delta)) / 2e-4
-        np.testing.assert_allclose(gradient[index], numeric, rtol=1e-4)
-
-
-@pytest.mark.parametrize("frozen_by", ["training=False", "trainable=False"])
-def test_frozen_batch_norm_uses_and_keeps_the_moving_statistics(frozen_by):
-    x = _random(4, 3, 3, 5)
-    layer = _layer(x)
-    layer.moving_mean.assign([1.0, 2, 3, 4, 5])
-    layer.moving_variance.assign([5.0, 4, 3, 2, 1])
-    before = [v.numpy() for v in layer.variables]
-    layer.trainable = frozen_by != "trainable=False"
-    outputs = layer(x, training=frozen_by != "training=False")
-    gamma, beta, mean, variance = before
-    expected = (x - mean) / np.sqrt(variance + layer.epsilon) * gamma + beta
-    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-    for variable, value in zip(layer.variables, before, strict=True):
-        np.testing.assert_array_equal(variable, value)
-
-
-@pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("scale", [True, False])
-def test_batch_norm_has_only_the_weights_asked_for(center, scale):
-    x = _random(8, 3)
-    layer = _layer(x, center=center, scale=scale)
-    names = ["gamma"] * scale + ["beta"] * center
-    assert [v.name for v in layer.trainable_variables] == names
-    expected, _, _ = _batch_norm(
-        x,
-        layer.gamma.numpy() if scale else 1.0,
-        layer.beta.numpy() if center else 0.0,
-    )
-    outputs = layer(x, training=True)
-    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_batch_norm_in_bfloat16_keeps_float32_statistics():
-    x = _random(16, 4, 4, 3) + 5
-    layer = _layer(x, dtype="mixed_bfloat16")
-    outputs = layer(x, training=True)
-    assert outputs.dtype == tf.bfloat16
-    assert {v.dtype for v in layer.variables} == {"float32"}
-    rounded = tf.cast(tf.cast(x, tf.bfloat16), tf.float32).numpy()
-    _, mean, _ = _batch_norm(rounded, 1.0, 0.0)
-    # A mean kept in bfloat16 would be off by up to 2e-3 of its value.
-    np.testing.assert_allclose(layer.moving_mean, 0.1 * mean, rtol=1e-5)
-
-
-def test_batch_norm_config_has_every_argument():
-    layer = resnet.GlobalBatchNorm(momentum=0.5, gamma_initializer="zeros")
-    arguments = inspect.signature(resnet.GlobalBatchNorm).parameters
-    assert set(arguments) - {"kwargs"} <= set(layer.get_config())
-    copy = resnet.GlobalBatchNorm.from_config(layer.get_config())
-    assert copy.get_config() == layer.get_config()
-
-
-def test_batch_norm_refuses_other_ranks():
-    with pytest.raises(ValueError, match=r"Received: shape \(2, 3, 4\)"):
-        resnet.GlobalBatchNorm().build((2, 3, 4))
-
-
-# --- BatchNorm on several replicas, each number in a process of its own
-
-
-def _replica_inputs():
-    """Returns what every number of replicas normalizes together, by name."""
-    x = _random(8, 3, 3, 5) * [1, 2, 3, 4, 5] + [0, 1, 2, 3, 4]
-    return {
-        "rank4": x.astype("float32"),
-        "rank2": x[:, 0, 0].astype("float32"),
-        "large": (x + 1000).astype("float32"),
-    }
-
-
-def _run_replicas(num_replicas):
-    """Returns outputs, gradients and moving statistics of one step, by name.
-
-    Per replica arrays are concatenated, moving statistics stacked, and
-    gradients of the weights summed, as an optimizer does.
-    """
-    strategy = tf.distribute.get_strategy()
-    if num_replicas > 1:
-        strategy = tf.distribute.MirroredStrategy(
-            [f"CPU:{i}" for i in range(num_replicas)]
-        )
-    results = {}
-    for synchronized in (True, False):
-        for name, x in _replica_inputs().items():
-            with strategy.scope():
-                layer = _layer(x, synchronized=synchronized)
-            # As after some training; the batch's own means are 1000 to 1004.
-            if name == "large":
-                layer.moving_mean.assign(tf.fill([5], 1001.0))
-            step = _replica_step(strategy, layer)
-            values = step(*_shards(strategy, x))
-            statistics = [layer.moving_mean.value, layer.moving_variance.value]
-            y, dx, dgamma, dbeta, mean, variance = (
-                strategy.experimental_local_results(value)
-                for value in (*values, *statistics)
-            )
-            results |= {
-                f"{name}_{synchronized}_{key}": value
-                for key, value in {
-                    "outputs": np.concatenate(y),
-                    "dx": np.concatenate(dx),
-                    "dgamma": np.sum(dgamma, axis=0),
-                    "dbeta": np.sum(dbeta, axis=0),
-                    "moving_mean": np.stack(mean),
-                    "moving_variance": np.stack(variance),
-                }.items()
-            }
-    return results
-
-
-def _shards(strategy, x):
-    """Returns the inputs and the weights of the loss, split over replicas."""
-    return [
-        strategy.experimental_distribute_values_from_function(
-            lambda context, array=array: tf.constant(
-                np.split(array, context.num_replicas_in_sync)[
-                    context.replica_id_in_sync_group
-                ]
-            )
-        )
-        for array in (x, np.random.default_rng(2).normal(size=x.shape))
-    ]
-
-
-def _replica_step(strategy, layer):
-    def replica_step(x, weights):
-        variables = layer.trainable_variables
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True)
-            loss = tf.reduce_sum(y * tf.cast(weights, tf.float32))
-        dx, *dweights = tape.gradient(loss, [x, *(v.value for v in variables)])
-        return y, dx, *dweights
-
-    return tf.function(lambda *args: strategy.run(replica_step, args))
-
-
-@pytest.fixture(scope="module")
-def replicas(tmp_path_factory):
-    """Returns the results of 1, 2 and 4 replicas, by their number."""
-    folder = tmp_path_factory.mktemp("replicas")
-    results = {1: _run_replicas(1)}
-    for number in (2, 4):
-        path = folder / f"{number}.npz"
-        processes.run(__file__, number, path)
-        results[number] = np.load(path)
-    return results
-
-
-@pytest.mark.parametrize("number", [2, 4])
-@pytest.mark.parametrize("name", ["rank4", "rank2"])
-def test_replicas_normalize_as_one(replicas, number, name):
-    keys = [key for key in replicas[1] if key.startswith(f"{name}_True")]
-    assert len(keys) == 6
-    for key in keys:
-        expected = np.broadcast_to(
-            replicas[1][key], replicas[number][key].shape
-        )
-        np.testing.assert_allclose(
-            replicas[number][key], expected, rtol=1e-5, atol=1e-5, err_msg=key
-        )
-
-
-@pytest.mark.parametrize("number", [2, 4])
-def test_unsynchronized_replicas_agree_on_the_moving_statistics(
-    replicas, number
-):
-    x = _replica_inputs()["rank4"]
-    layer = _layer(x)
-    parts = [
-        _batch_norm(part, layer.gamma.numpy(), layer.beta.numpy())
-        for part in np.split(x, number)
-    ]
-    outputs, means, variances = zip(*parts, strict=True)
-    result = {
-        key.removeprefix("rank4_False_"): value
-        for key, value in replicas[number].items()
-    }
-    np.testing.assert_allclose(
-        result["outputs"], np.concatenate(outputs), rtol=1e-5, atol=1e-5
-    )
-    for key, expected in (
-        ("moving_mean", 0.1 * np.mean(means, axis=0)),
-        ("moving_variance", 0.9 + 0.1 * np.mean(variances, axis=0)),
-    ):
-        np.testing.assert_array_equal(
-            result[key], result[key][:1].repeat(number, 0)
-        )
-        np.testing.assert_allclose(result[key][0], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("number", [1, 2, 4])
-def test_a_mean_far_from_zero_costs_no_precision(replicas, number):
-    x = _replica_inputs()["large"]
-    layer = _layer(x)
-    outputs, mean, variance = _batch_norm(
-        x, layer.gamma.numpy(), layer.beta.numpy()
-    )
-    for key, expected, tolerance in (
-        # Without the shift by the moving mean the error is about 0.1.
-        ("outputs", outputs, 1e-3),
-        ("moving_mean", 0.9 * 1001 + 0.1 * mean, 1e-3),
-        ("moving_variance", 0.9 + 0.1 * variance, 1e-4),
-    ):
-        actual = replicas[number][f"large_True_{key}"]
-        np.testing.assert_allclose(
-            actual, np.broadcast_to(expected, actual.shape), atol=tolerance
-        )
-
-
 # --- Networks
 
 
@@ -333,19 +33,19 @@ def test_a_mean_far_from_zero_costs_no_precision(replicas, number):
         ({"depth": 50, "sk_ratio": 0.0625}, 35_215_584),
     ],
 )
-def test_parameter_counts_are_the_references(arguments, count):
+def test_resnet_parameter_count_equals_reference(arguments, count):
     assert _count(resnet.resnet(**arguments)) == count
 
 
 @pytest.mark.parametrize("depth", resnet.DEPTHS)
-def test_depth_is_the_number_of_layers_in_sequence(depth):
+def test_architectures_depth_equals_number_of_layers_in_sequence(depth):
     blocks, bottleneck = resnet.ARCHITECTURES[depth]
     # The stem's convolution and a classifier count as well.
     assert depth == 2 + sum(blocks) * (3 if bottleneck else 2)
 
 
 @pytest.mark.parametrize("depth", [10, 34])
-def test_every_convolution_has_its_batch_norm(depth):
+def test_resnet_has_one_batch_norm_per_convolution(depth):
     model = resnet.resnet(depth, width_multiplier=0.125)
     layers = [type(layer) for layer in model.layers]
     num_convolutions = depth - 1 + 4  # a shortcut in each group
@@ -353,7 +53,7 @@ def test_every_convolution_has_its_batch_norm(depth):
     assert layers.count(resnet.GlobalBatchNorm) == num_convolutions
 
 
-def test_layer_names_follow_the_documented_rule():
+def test_resnet_layer_names_follow_documented_rule():
     model = resnet.resnet(
         50, width_multiplier=0.125, sk_ratio=0.0625, se_ratio=0.25
     )
@@ -394,7 +94,7 @@ def test_layer_names_follow_the_documented_rule():
         ),
     ],
 )
-def test_variants_have_the_expected_shapes(arguments, shapes):
+def test_endpoints_of_variants_have_expected_shapes(arguments, shapes):
     arguments = TINY | arguments
     model = resnet.resnet(**arguments)
     images = _random(2, 32, 40, arguments.get("channels", 3))
@@ -412,7 +112,7 @@ def test_variants_have_the_expected_shapes(arguments, shapes):
 
 @pytest.mark.parametrize("padding", resnet.PADDINGS)
 @pytest.mark.parametrize("sk_ratio", [0.0, 0.0625])
-def test_any_image_size_goes_in(padding, sk_ratio):
+def test_resnet_accepts_any_image_size(padding, sk_ratio):
     model = resnet.resnet(**TINY, padding=padding, sk_ratio=sk_ratio)
     for size in [(1, 1), (33, 47), (64, 31)]:
         assert model(_random(2, *size, 3)).shape == (2, 64)
@@ -421,7 +121,7 @@ def test_any_image_size_goes_in(padding, sk_ratio):
 @pytest.mark.parametrize(
     ("padding", "first"), [("fixed", -3), ("same", -2), ("torch", -3)]
 )
-def test_padding_of_the_stem(padding, first):
+def test_resnet_stem_padding_starts_windows_at_expected_pixel(padding, first):
     model = resnet.resnet(**TINY, channels=1, padding=padding)
     # A kernel that copies the top left pixel of its 7x7 window.
     kernel = np.zeros((7, 7, 1, 8))
@@ -443,7 +143,9 @@ def test_padding_of_the_stem(padding, first):
 @pytest.mark.parametrize(
     ("padding", "first"), [("fixed", 0), ("same", 0), ("torch", -1)]
 )
-def test_padding_of_the_max_pool(padding, first):
+def test_resnet_max_pool_padding_starts_windows_at_expected_pixel(
+    padding, first
+):
     model = resnet.resnet(**TINY, padding=padding)
     pooled = keras.Model(
         model.get_layer("initial_relu").output,
@@ -463,7 +165,7 @@ def test_padding_of_the_max_pool(padding, first):
 @pytest.mark.parametrize(
     ("padding", "corner"), [("fixed", 1 / 4), ("same", 1.0)]
 )
-def test_resnet_d_shortcut_pads_odd_sizes(padding, corner):
+def test_resnet_d_shortcut_odd_size_is_padded(padding, corner):
     model = resnet.resnet(**TINY, padding=padding, sk_ratio=0.1, stem="cifar")
     pool = model.get_layer("block_group2_block1_shortcut_pool")
     ones = np.ones((1, 5, 5, 8), "float32")
@@ -475,7 +177,7 @@ def test_resnet_d_shortcut_pads_odd_sizes(padding, corner):
     assert outputs[2, 2] == corner
 
 
-def test_paddings_differ_on_even_sizes_with_the_same_weights():
+def test_paddings_even_size_same_weights_give_different_features():
     models = [resnet.resnet(**TINY, padding=p) for p in resnet.PADDINGS]
     for model in models[1:]:
         model.set_weights(models[0].get_weights())
@@ -493,7 +195,7 @@ def test_paddings_differ_on_even_sizes_with_the_same_weights():
         (50, "needed", {1, 2, 3, 4}),
     ],
 )
-def test_which_groups_project_their_shortcut(depth, shortcuts, groups):
+def test_shortcuts_project_in_expected_groups(depth, shortcuts, groups):
     model = resnet.resnet(depth, width_multiplier=0.125, shortcuts=shortcuts)
     found = {
         layer.name for layer in model.layers if "shortcut_conv" in layer.name
@@ -501,7 +203,7 @@ def test_which_groups_project_their_shortcut(depth, shortcuts, groups):
     assert found == {f"block_group{g}_block1_shortcut_conv" for g in groups}
 
 
-def test_preactivation_has_the_variables_of_the_reference():
+def test_preactivation_has_variables_of_reference():
     # The number of haiku's parameters, relicv2_manifest.json.
     model = resnet.resnet(18, padding="same", preactivation=True)
     assert _count(model) == 11_178_816
@@ -514,7 +216,7 @@ def test_preactivation_has_the_variables_of_the_reference():
     assert not model.trainable_variables
 
 
-def test_base_filters_are_of_the_stem_and_the_groups():
+def test_base_filters_set_filters_of_stem_and_groups():
     model = resnet.resnet(
         10, base_filters=(8, 16, 24, 32, 40), width_multiplier=2
     )
@@ -526,7 +228,7 @@ def test_base_filters_are_of_the_stem_and_the_groups():
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_zero_init_makes_blocks_the_identity(depth):
+def test_zero_init_residual_blocks_start_as_identity(depth):
     model = resnet.resnet(depth, width_multiplier=0.125, stem="cifar")
     names = ["block1_relu", "block1_shortcut_bn", "block2_relu"]
     outputs = [model.get_layer(f"block_group2_{name}").output for name in names]
@@ -538,7 +240,7 @@ def test_zero_init_makes_blocks_the_identity(depth):
     assert np.any(np.asarray(first) > 0)
 
 
-def test_without_zero_init_residual_branches_count():
+def test_without_zero_init_residual_all_gammas_are_one():
     model = resnet.resnet(**TINY, zero_init_residual=False)
     norms = [x for x in model.layers if isinstance(x, resnet.GlobalBatchNorm)]
     for layer in norms:
@@ -555,7 +257,7 @@ def _parts(model, *tensors):
     ]
 
 
-def test_selective_kernel_is_a_softmax_over_two_streams():
+def test_selective_kernel_mixes_streams_by_softmax():
     model = resnet.resnet(
         50, width_multiplier=0.125, stem="cifar", sk_ratio=0.1
     )
@@ -579,7 +281,7 @@ def test_selective_kernel_is_a_softmax_over_two_streams():
     )
 
 
-def test_squeeze_excite_scales_channels():
+def test_squeeze_excite_scales_channels_by_sigmoid():
     model = resnet.resnet(
         **TINY, stem="cifar", se_ratio=0.25, zero_init_residual=False
     )
@@ -602,7 +304,7 @@ def test_squeeze_excite_scales_channels():
     )
 
 
-def test_kernels_differ_and_have_the_variance_of_fan_in():
+def test_initial_kernels_differ_and_have_fan_in_variance():
     model = resnet.resnet(18, stem="cifar")
     names = [f"block_group3_block2_conv{i}" for i in (1, 2)]
     first, second = (model.get_layer(n).kernel.numpy() for n in names)
@@ -610,7 +312,7 @@ def test_kernels_differ_and_have_the_variance_of_fan_in():
     np.testing.assert_allclose(first.std(), (9 * 256) ** -0.5, rtol=1e-2)
 
 
-def test_features_are_float32_in_mixed_precision():
+def test_resnet_mixed_precision_features_are_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = resnet.resnet(**TINY, stem="cifar")
@@ -621,7 +323,7 @@ def test_features_are_float32_in_mixed_precision():
     assert model(_random(2, 8, 8, 3), training=True).dtype == tf.float32
 
 
-def test_momentum_and_global_bn_reach_every_layer():
+def test_batch_norm_arguments_reach_every_layer():
     model = resnet.resnet(
         50,
         width_multiplier=0.125,
@@ -633,7 +335,7 @@ def test_momentum_and_global_bn_reach_every_layer():
     assert {(x.momentum, x.synchronized) for x in norms} == {(0.8, False)}
 
 
-def test_a_model_comes_back_from_its_config_and_weights():
+def test_resnet_from_config_with_weights_computes_same_features():
     model = resnet.resnet(**TINY, sk_ratio=0.1, se_ratio=0.1)
     copy = keras.Model.from_config(model.get_config())
     copy.set_weights(model.get_weights())
@@ -654,7 +356,7 @@ def test_a_model_comes_back_from_its_config_and_weights():
         ({"preactivation": True, "padding": "torch"}, "goes without"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments, message):
+def test_resnet_argument_out_of_range_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         resnet.resnet(**TINY | arguments)
 
@@ -669,7 +371,7 @@ def _group(variable):
 
 
 @pytest.mark.parametrize("after_block", [-1, 0, 1, 2, 3, 4])
-def test_frozen_parts_do_not_change_by_a_bit(after_block):
+def test_freeze_training_changes_only_later_parts(after_block):
     model = resnet.resnet(**TINY, stem="cifar", zero_init_residual=False)
     resnet.freeze(model, after_block)
     readout = keras.layers.Dense(1)
@@ -695,7 +397,7 @@ def test_frozen_parts_do_not_change_by_a_bit(after_block):
         assert changed == (_group(variable) > after_block), variable.path
 
 
-def test_freeze_can_be_taken_back_and_checks_its_argument():
+def test_freeze_minus_one_unfreezes_and_five_raises():
     model = resnet.resnet(**TINY)
     everything = len(model.trainable_variables)
     resnet.freeze(model, 4)
@@ -706,84 +408,7 @@ def test_freeze_can_be_taken_back_and_checks_its_argument():
         resnet.freeze(model, 5)
 
 
-if __name__ == "__main__":
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[1]),
-    )
-    np.savez(sys.argv[2], **_run_replicas(int(sys.argv[1])))
-
-
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_recomputing_changes_neither_gradients_nor_statistics(jit_compile):
-    images = tf.random.stateless_uniform([8, 16, 16, 3], [0, 1])
-    found = []
-    for recompute in (False, True):
-        keras.utils.set_random_seed(0)
-        network = resnet.resnet(10, width_multiplier=0.125, stem="cifar")
-        call = network
-        if recompute:
-            call = resnet.recomputing(network)
-
-        @tf.function(jit_compile=jit_compile)
-        def step(images, call=call, network=network):
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_sum(call(images, training=True) ** 2)
-            return loss, tape.gradient(loss, network.trainable_variables)
-
-        loss, gradients = step(images)
-        found.append([loss, *gradients, *network.non_trainable_variables])
-        with resnet.hold_statistics():
-            before = [v.numpy() for v in network.non_trainable_variables]
-            network(images, training=True)
-            for a, b in zip(
-                before, network.non_trainable_variables, strict=True
-            ):
-                np.testing.assert_array_equal(a, b)
-    assert len(found[0]) > 50
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-
-
-_PEAK = """
-import resource, sys
-import tensorflow as tf
-import resnet
-
-network = resnet.resnet(34, stem="cifar")
-call = network if sys.argv[1] == "kept" else resnet.recomputing(network)
-
-
-@tf.function
-def step(images):
-    with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(call(images, training=True))
-    return tape.gradient(loss, network.trainable_variables)
-
-
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(tf.ones([128, 32, 32, 3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
-"""
-
-
-@pytest.mark.slow
-def test_recomputing_takes_less_memory():
-    kept, recomputed = (
-        int(processes.run(sys.executable, "-c", _PEAK, which).stdout)
-        for which in ("kept", "recomputed")
-    )
-    assert recomputed < 0.6 * kept
-
-
-def test_an_encoder_without_blocks_cannot_be_computed_again():
-    images = keras.Input((8, 8, 3))
-    network = keras.Model(images, keras.layers.Flatten()(images))
-    with pytest.raises(ValueError, match="Only the blocks of ResNets"):
-        resnet.recomputing(network)
-
-
-def test_gradients_of_gradients_compile_in_half_precision():
+def test_differentiable_twice_bfloat16_second_gradient_compiles():
     """Those of WPC's penalty, on TPUs and GPUs."""
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:

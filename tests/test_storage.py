@@ -4,6 +4,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,10 +15,8 @@ from PIL import Image
 
 import data
 from contrastive import storage
-from contrastive.evaluation import features
-from contrastive.sources import labelled
-from tests.sources.test_sources import write_pictures, write_records
 from tests.support import program
+from tests.support.image_data import write_pictures, write_records
 
 _BUCKET = "ram://storage-test"
 
@@ -83,8 +83,8 @@ def test_bucket_folder_is_loaded_as_the_local_one(
         for d in (local, remote)
     )
     np.testing.assert_array_equal(there["image"], here["image"])
-    names = labelled.names_of(remote)
-    assert names == labelled.names_of(local)
+    names = remote.names()
+    assert names == local.names()
 
 
 def test_bucket_folder_of_large_images_is_cropped_from_the_bucket(
@@ -130,11 +130,11 @@ def test_fingerprint_of_a_bucket_changes_with_a_file(tmp_path, upload):
     write_pictures(tmp_path, ["train/0.png", "train/1.png"], size=(150, 150))
     bucket = upload(tmp_path)
     dataset = data.load(bucket)
-    before = features.fingerprint(dataset)
-    assert features.fingerprint(data.load(bucket)) == before
+    before = dataset.fingerprint()
+    assert data.load(bucket).fingerprint() == before
     with tf.io.gfile.GFile(dataset.source.paths[1], "ab") as file:
         file.write(b"more")
-    assert features.fingerprint(dataset) != before
+    assert dataset.fingerprint() != before
 
 
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20])
@@ -218,10 +218,8 @@ def test_tfds_folder_in_a_bucket_is_loaded_as_the_local_one(
     )
     assert there.num_examples == here.num_examples == 17
     assert there.is_encoded == (memory_limit == 0)
-    np.testing.assert_array_equal(
-        labelled.labels_of(there), labelled.labels_of(here)
-    )
-    assert labelled.has_labels(there)
+    np.testing.assert_array_equal(there.labels(), here.labels())
+    assert there.has_labels()
     outlined = data.outline(f"{bucket}/a", "train[3:]")
     assert outlined.num_examples == 17
     assert outlined.class_names == ("a", "b", "c")
@@ -319,3 +317,78 @@ def test_file_names_follow_local_links(tmp_path):
     write_pictures(root, ["a/1.png", ".hidden/2.png"])
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     assert sorted(storage.file_names(str(root))) == ["a/1.png", "linked/0.png"]
+
+
+@pytest.mark.parametrize("content", ["ü", b"\x00\xff"])
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_write_whole_makes_the_folder_and_replaces_the_file(
+    tmp_path, upload, is_remote, content
+):
+    bucket = upload(tmp_path)
+    folder = f"{bucket}/new" if is_remote else str(tmp_path / "new")
+    path = f"{folder}/file"
+    storage.write_whole(path, "before, and longer")
+    storage.write_whole(path, content)
+    with storage.open_binary(path) as file:
+        written = file.read()
+    assert written == (content.encode() if content == "ü" else content)
+    assert tf.io.gfile.listdir(folder) == ["file"]
+
+
+def test_write_whole_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        storage.write_whole(str(tmp_path / "taken"), "text")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_write_whole_gives_the_permissions_of_open(tmp_path):
+    storage.write_whole(str(tmp_path / "whole"), "")
+    (tmp_path / "plain").write_text("")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+@pytest.mark.parametrize("name", ["ckpt-4", 'ü"ñ ł-4'])
+def test_latest_checkpoint_equals_tensorflow(tmp_path, is_relative, name):
+    def newest():
+        expected = tf.train.latest_checkpoint(str(tmp_path))
+        assert storage.latest_checkpoint(str(tmp_path)) == expected
+        assert storage.latest_checkpoint(f"{tmp_path}/") == expected
+        return expected
+
+    assert newest() is None
+    prefix = name if is_relative else str(tmp_path / name)
+    tf.compat.v1.train.update_checkpoint_state(
+        str(tmp_path), prefix, all_model_checkpoint_paths=["ckpt-2", prefix]
+    )
+    assert newest() is None
+    (tmp_path / f"{name}.index").write_bytes(b"")
+    assert newest() == str(tmp_path / name)
+
+
+def test_latest_checkpoint_equals_tensorflow_for_a_manager(tmp_path):
+    manager = tf.train.CheckpointManager(
+        tf.train.Checkpoint(x=tf.Variable(1.0)), str(tmp_path), max_to_keep=2
+    )
+    for _ in range(3):
+        manager.save()
+        expected = tf.train.latest_checkpoint(str(tmp_path))
+        assert storage.latest_checkpoint(str(tmp_path)) == expected is not None
+
+
+def test_local_paths_need_no_tensorflow(tmp_path):
+    code = f"""
+import sys
+from contrastive import storage
+path = {str(tmp_path)!r}
+assert storage.exists(path) and storage.is_folder(path)
+assert storage.is_reachable(path) and not storage.why_unreachable(path)
+assert storage.latest_checkpoint(path) is None
+assert storage.is_remote("gs://bucket") and not storage.is_remote(path)
+storage.write_whole(path + "/file", "text")
+assert list(storage.file_names(path)) == ["file"]
+assert "tensorflow" not in sys.modules and "numpy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,48 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run's training step fits a Cloud TPU slice, found out without one.
+"""--mode=check_tpu: finds out without a TPU whether a step fits a slice.
 
-The step is lowered by TensorFlow, on this machine's CPU, as the program that
-each of N replicas runs, collectives between them included; `tpu_compiler.py`
-has it compiled by libtpu, the compiler of the TPU itself. Neither is executed.
+TensorFlow lowers the step on this machine's CPU as the program that each of N
+replicas runs; libtpu, the compiler of the TPU itself, compiles it. Neither
+executes it.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
-import json
 import math
-import pathlib
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import tensorflow as tf
 from absl import logging
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from etils import epy
 
-import data
-import data_util
-from contrastive.commands import experiment
-from contrastive.config import methods
-from contrastive.devices import tpu_compiler
-from contrastive.devices.tpu_slices import Chip, Slice
-from contrastive.training import trainer
+from contrastive.commands import inherit, networks
+from contrastive.commands.base import Command
+from contrastive.config import schema
+from contrastive.config.completion import complete
+from contrastive.config.resolve import Resolved
+from contrastive.devices import tpu_compilation
+from contrastive.devices.tpu_compilation import Slice, find_slice
+from contrastive.training.config import TrainConfig, make_config
+
+with epy.lazy_imports():
+    import numpy as np
+    import tensorflow as tf
+
+    import data
+    from contrastive.commands import session as session_lib
+    from contrastive.devices import lowering
+    from contrastive.training import loop, state as state_lib
 
 _GIB = 1 << 30
-# Below this share of the memory, the compiler had no reason to recompute.
-_ROOMY = 0.75
-# Recomputation is measured against a batch with one in so many of the images.
-_SMALL = 8
-# How exactly the largest batch is found, relative to it.
-_RESOLUTION = 1 / 16
-_MOST_ROWS = 1 << 16  # a replica and step; nobody asks for more
+EXIT_NOT_FITTING = 4
+_ROOMY = 0.75  # share of memory below which the compiler need not recompute
+_SMALL = 8  # recomputation is measured against a batch of one in so many images
+_RESOLUTION = 1 / 16  # of the largest batch, relative to it
+_MOST_ROWS = 1 << 16  # per replica and step
 _RECOMPUTED = 0.01  # less is rounding
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _NOT_COVERED = """
 
 Compiled by {compiler}, not executed; peaks of chips by Google.
@@ -52,257 +52,111 @@ compiler and the version that it has, whether such a slice is free.
 """
 
 
-def require_compiler() -> None:
-    """Raises a ValueError, unless the compiler is installed."""
-    missing = [
-        name
-        for name in tpu_compiler.PACKAGES
-        if not importlib.util.find_spec(name)
-    ]
-    how = "pip install -r requirements/check-tpu.txt"
-    if missing:
-        raise ValueError(
-            f"--mode=check_tpu needs {' and '.join(missing)}: {how}"
-        )
-    found = importlib.metadata.version("jax")
-    if found != tpu_compiler.JAX_VERSION:
-        raise ValueError(
-            f"--mode=check_tpu needs jax {tpu_compiler.JAX_VERSION}, not "
-            f"{found}: {how}"
-        )
-
-
-class _Replica(tf.distribute.ReplicaContext):
-    """One of N replicas, in a program that is lowered to run on all of them.
-
-    Collectives are those of XLA, and a gathered tensor is the sum of tensors
-    that are zero but in one replica's rows, as TPUStrategy has it (TensorFlow
-    2.20, tpu_strategy.py).
-    """
-
-    def __init__(self, strategy: tf.distribute.Strategy, count: int) -> None:
-        super().__init__(strategy, replica_id_in_sync_group=0)
-        self._count = count
-
-    @property
-    def num_replicas_in_sync(self) -> int:
-        return self._count
-
-    @property
-    def replica_id_in_sync_group(self) -> tf.Tensor:
-        return gen_xla_ops.xla_replica_id()
-
-    def all_reduce(
-        self,
-        reduce_op: tf.distribute.ReduceOp | str,
-        value: Any,
-        options: Any = None,
-    ) -> Any:
-        del options
-        mean = tf.distribute.ReduceOp(reduce_op) == tf.distribute.ReduceOp.MEAN
-        total = tf.nest.map_structure(self._sum, value)
-        if not mean:
-            return total
-        return tf.nest.map_structure(lambda x: x / self._count, total)
-
-    def _sum(self, x: tf.Tensor) -> tf.Tensor:
-        @tf.custom_gradient
-        def total(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-            reduced = gen_xla_ops.xla_all_reduce(
-                x, [list(range(self._count))], "Add", "CrossReplica"
-            )
-            return reduced, self._sum
-
-        return total(x)
-
-    def all_gather(
-        self, value: tf.Tensor, axis: int, options: Any = None
-    ) -> tf.Tensor:
-        if value.dtype == tf.int64:  # there is no sum of them
-            halves = self.all_gather(tf.bitcast(value, tf.int32), axis, options)
-            return tf.bitcast(halves, tf.int64)
-        shape = value.shape.as_list()
-        own = tf.one_hot(
-            self.replica_id_in_sync_group, self._count, dtype=value.dtype
-        )
-        own = tf.reshape(own, [-1] + [1] * (len(shape) - axis))
-        rows = tf.expand_dims(value, axis) * own
-        shape[axis] *= self._count
-        return tf.reshape(
-            self.all_reduce(tf.distribute.ReduceOp.SUM, rows), shape
-        )
-
-
-def batch_spec(
-    dataset: data.Dataset,
-    rows: int,
-    views: tuple[data_util.Augmentation, ...],
-) -> dict[str, Any]:
-    """Returns what `data.train_stream` yields, as `tf.TensorSpec`s.
-
-    Args:
-        dataset: whose images there need not be.
-        rows: images of a batch of one replica.
-        views: as there.
-    """
-    spec = {
-        "id": tf.TensorSpec([rows], tf.int64),
-        "epoch": tf.TensorSpec([rows], tf.int32),
-        "label": tf.TensorSpec([rows], tf.int32),
-        "weight": tf.TensorSpec([rows], tf.float32),
-    }
-
-    def image(*shape: int) -> tf.TensorSpec:
-        return tf.TensorSpec([rows, *shape], tf.uint8)
-
-    if dataset.image_size and not dataset.is_encoded:
-        spec["image"] = image(*dataset.image_size, dataset.channels)
-        if any(view.mask_probability for view in views):
-            spec["mask"] = image(*dataset.image_size)
-        return spec
-    sizes = [view.size for view in views]
-    crops = tuple(image(size, size, dataset.channels) for size in sizes)
-    if len(set(sizes)) == 1:
-        crops = image(len(sizes), sizes[0], sizes[0], dataset.channels)
-    return spec | {"crops": crops}
-
-
-def replica_program(
-    step: trainer.Step,
-    spec: dict[str, Any],
-    strategy: tf.distribute.Strategy,
-    num_replicas: int,
-) -> tf.types.experimental.PolymorphicFunction:
-    """Returns the program of one of several replicas, not traced yet.
-
-    Args:
-        step: of `trainer.build_step`.
-        spec: of its batch, of one replica.
-        strategy: of one device, in whose scope the networks were made.
-        num_replicas: how many there are.
-
-    Returns:
-        A function of the batch's tensors, in `tf.nest.flatten`'s order, that
-        returns the metrics, float32 `[m]`.
-    """
-
-    @tf.autograph.experimental.do_not_convert
-    def program(*tensors: tf.Tensor) -> tf.Tensor:
-        with _Replica(strategy, num_replicas):
-            metrics = step(tf.nest.pack_sequence_as(spec, tensors))
-            return tf.stack([tf.cast(v, tf.float32) for v in metrics.values()])
-
-    return tf.function(program, jit_compile=True)
-
-
-def lower(
-    program: tf.types.experimental.PolymorphicFunction,
-    spec: dict[str, Any],
-    strategy: tf.distribute.Strategy,
-) -> bytes:
-    """Returns a `replica_program` as a HloModuleProto, as it was written.
-
-    Its parameters are the batch's tensors and what the function captured.
-    """
-    with strategy.scope():
-        ir = program.experimental_get_compiler_ir(*tf.nest.flatten(spec))
-        return ir(stage="hlo_serialized")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """What the compiler said; of one replica and step.
+class StepToCheck:
+    """A training step on a slice, without its data.
 
-    Attributes:
-        compiler: its versions; "" where it did not live to say.
-        error: why it did not compile; or "".
-        crashed: whether that is because the compiler did not come to its end.
-        arguments: bytes of weights, optimizer and batch.
-        temporaries: bytes of activations and all else.
-        peak: bytes in use at a time, both together.
-        flops: as compiled.
-        written_flops: of the program before the compiler changed it.
-        bytes_accessed: read and written by all operations.
-        collectives: `count` and `bytes` of each kind.
+    The session is on the host's CPU, its values are not completed; the dataset
+    is an outline of the training split.
     """
 
-    compiler: str = ""
-    error: str = ""
-    crashed: bool = False
-    arguments: int = 0
-    temporaries: int = 0
-    peak: int = 0
-    flops: float = 0.0
-    written_flops: float = 0.0
-    bytes_accessed: float = 0.0
-    collectives: Mapping[str, Mapping[str, int]] = dataclasses.field(
-        default_factory=dict
-    )
+    session: session_lib.Session
+    dataset: data.Dataset
+    where: Slice
 
-    @property
-    def fits(self) -> bool:
-        """Whether it compiled."""
-        return not self.error
+    def config(self, rows: int) -> TrainConfig:
+        """Returns the configuration for a number of images per replica.
 
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether it did not compile because it does not fit."""
-        return _OUT_OF_MEMORY in self.error
-
-
-def compile_for(where: Slice, module: bytes) -> Compiled:
-    """Has what `lower` returned compiled, in another process."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, result = (pathlib.Path(folder, n) for n in ("in", "out"))
-        source.write_bytes(module)
-        process = subprocess.run(
-            [
-                sys.executable,
-                tpu_compiler.__file__,
-                source,
-                result,
-                json.dumps(where.request()),
-            ],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
+        Raises:
+            ValueError: if the batch does not suit the objective.
+        """
+        count = self.where.num_replicas
+        resolved = self.session.resolved.replace(
+            "check", train_batch_size=rows * count
         )
-        if process.returncode == 0:
-            return Compiled(**json.loads(result.read_text()))
-    how = f"exit code {process.returncode}"
-    if process.returncode < 0:
-        how = signal.Signals(-process.returncode).name
-    last = "\n".join(process.stderr.strip().splitlines()[-5:])
-    return Compiled(
-        error=f"The compiler ended with {how}:\n{last}", crashed=True
-    )
+        resolved = complete(resolved, self.dataset)
+        return make_config(resolved, self.dataset, count)
 
 
-def recomputation(compiled: Compiled, small: Compiled) -> float:
-    """Returns the share of operations that the compiler computes twice.
+def prepare(resolved: Resolved) -> Callable[[], None]:
+    """Prepares the compilation of the training step; returns the work."""
+    if not resolved["tpu_topology"]:
+        raise ValueError(
+            "--mode=check_tpu needs --tpu_topology, such as v5litepod-32."
+        )
+    where = find_slice(resolved["tpu_topology"])
+    tpu_compilation.require_compiler()
+    step = open_step(resolved, where)
 
-    Near the limit it computes again what it cannot keep. Both counts are
-    relative to those of the program as it was written, where the loss, which
-    grows with the square of the batch, is included.
+    def work() -> None:
+        findings = check(step, find_batch=resolved["find_batch"])
+        sys.stdout.write(report(findings))
+        if findings.compiled.crashed:
+            sys.exit(1)
+        if not findings.compiled.fits:
+            sys.exit(EXIT_NOT_FITTING)
 
-    Args:
-        compiled: a program that fits.
-        small: the same of a smaller batch, for which memory is plenty.
+    return work
 
-    Returns:
-        Additional operations, relative to those without; about 0 for none.
+
+def open_step(resolved: Resolved, where: Slice) -> StepToCheck:
+    """Opens a session on the host and an outline of the data.
+
+    Raises:
+        ValueError: if the flags contradict each other, or the data.
     """
-    as_it_is = compiled.flops / compiled.written_flops
-    return as_it_is / (small.flops / small.written_flops) - 1
-
-
-def roofline(compiled: Compiled, chip: Chip) -> tuple[float, float]:
-    """Returns seconds a step, by operations and by bytes, at a chip's peak."""
-    return (
-        compiled.flops / (chip.peak * 1e12 / chip.replicas),
-        compiled.bytes_accessed / (chip.bandwidth * 1e9 / chip.replicas),
+    dataset = data.outline(
+        resolved["dataset"],
+        resolved["train_split"],
+        data_dir=resolved["data_dir"],
+        channels=resolved.known("channels"),
     )
+    session = session_lib.open_host(resolved)
+    completed = complete(session.resolved, dataset)
+    make_config(completed, dataset, where.num_replicas)  # before any compute
+    session_lib.log_flags(completed)
+    # The undivided values: the queue follows the batch that is tried.
+    return StepToCheck(session=session, dataset=dataset, where=where)
+
+
+def compile_step(step: StepToCheck, rows: int) -> tpu_compilation.Compiled:
+    """Compiles the step for a number of images per replica."""
+    started = time.monotonic()
+    config, strategy = step.config(rows), step.session.strategy
+    resolved = complete(step.session.resolved, step.dataset)
+    architecture = networks.make_architecture(
+        resolved, step.dataset.num_classes
+    )
+    built = networks.build_networks(resolved, architecture, strategy)
+    chooses_labels = resolved["labelled_batch_share"] or any(
+        resolved[name] is not None
+        for name in ("labelled_fraction", "labels_per_class", "labelled_file")
+    )
+    # Which images have labels does not matter here.
+    labelled = np.arange(config.num_examples) == 0 if chooses_labels else None
+    with strategy.scope():
+        state = state_lib.TrainState.create(config, built, labelled=labelled)
+    spec = lowering.batch_spec(step.dataset, rows, config.views)
+    program = lowering.replica_program(
+        loop.build_step(config, state), spec, strategy, step.where.num_replicas
+    )
+    try:
+        module = lowering.lower(program, spec, strategy)
+    except (ValueError, tf.errors.OpError) as error:
+        # An operation that XLA does not have, for instance.
+        return tpu_compilation.Compiled(
+            error=f"TensorFlow does not lower it: {error}"
+        )
+    lowered = time.monotonic()
+    compiled = tpu_compilation.compile_for(step.where, module)
+    logging.info(
+        "%d images a replica: lowered in %.0f s, %s in %.0f s.",
+        rows,
+        lowered - started,
+        "compiled" if compiled.fits else "refused",
+        time.monotonic() - lowered,
+    )
+    return compiled
 
 
 def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
@@ -327,55 +181,13 @@ def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
     return low * unit
 
 
-def train_config(run: experiment.Run, where: Slice) -> trainer.TrainConfig:
-    """Returns what is trained on a slice.
-
-    Raises:
-        ValueError: if the batch does not divide among its replicas.
-    """
-    return experiment.make_train_config(
-        run.settings,
-        run.train_data,
-        where.num_replicas,
-        labelled_ids=run.labelled_ids,
-    )
-
-
-def compile_step(run: experiment.Run, where: Slice, rows: int) -> Compiled:
-    """Returns what the compiler says of so many images a replica."""
-    started = time.monotonic()
-    run = run.with_batch(rows * where.num_replicas)
-    config = train_config(run, where)
-    trainer.freeze(config, run.networks)
-    with run.strategy.scope():
-        optimizers = trainer.build_optimizers(config, run.networks)
-    step = trainer.build_step(config, run.networks, optimizers)
-    spec = batch_spec(run.train_data, rows, config.views)
-    program = replica_program(step, spec, run.strategy, where.num_replicas)
-    try:
-        module = lower(program, spec, run.strategy)
-    except (ValueError, tf.errors.OpError) as error:
-        # An operation that XLA does not have, for instance.
-        return Compiled(error=f"TensorFlow does not lower it: {error}")
-    lowered = time.monotonic()
-    compiled = compile_for(where, module)
-    logging.info(
-        "%d images a replica: lowered in %.0f s, %s in %.0f s.",
-        rows,
-        lowered - started,
-        "compiled" if compiled.fits else "refused",
-        time.monotonic() - lowered,
-    )
-    return compiled
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found out about a run.
+    """The result of a check.
 
     Attributes:
         where: the slice.
-        rows: images a replica and step.
+        rows: images per replica and step.
         compiled: the step.
         small: the step with an eighth of the images; None: memory is plenty.
         largest: most images a replica that fit; None: not looked for.
@@ -384,25 +196,21 @@ class Findings:
 
     where: Slice
     rows: int
-    compiled: Compiled
-    small: Compiled | None = None
+    compiled: tpu_compilation.Compiled
+    small: tpu_compilation.Compiled | None = None
     largest: int | None = None
     advice: tuple[str, ...] = ()
 
 
-def check(
-    run: experiment.Run, where: Slice, *, find_batch: bool = False
-) -> Findings:
-    """Has a run's step compiled for a slice; takes minutes for a ResNet-50.
+def check(step: StepToCheck, *, find_batch: bool = False) -> Findings:
+    """Compiles a step for a slice; takes minutes for a ResNet-50.
 
-    Args:
-        run: whose networks are made in a strategy of one device.
-        where: the slice.
-        find_batch: whether to look for the largest batch.
+    `find_batch` says whether to search for the largest batch.
     """
-    settings, count = run.settings, where.num_replicas
-    rows, parts = settings.train_batch_size // count, settings.accumulate_steps
-    compiled = functools.cache(functools.partial(compile_step, run, where))
+    resolved, where = step.session.resolved, step.where
+    rows = resolved["train_batch_size"] // where.num_replicas
+    parts = resolved["accumulate_steps"]
+    compiled = functools.cache(functools.partial(compile_step, step))
     asked, small, most = compiled(rows), None, None
     if asked.fits and asked.peak > _ROOMY * where.chip.memory * _GIB:
         few = rows // _SMALL // parts * parts
@@ -420,7 +228,7 @@ def check(
         unit = parts * 8 if rows >= parts * 8 else parts
         try:
             most = largest(fits, rows, unit)
-        except ValueError as error:  # whatever it is, it is not the memory
+        except ValueError as error:  # not for lack of memory
             logging.warning("The largest batch is not known: %s", error)
     return Findings(
         where=where,
@@ -428,19 +236,20 @@ def check(
         compiled=asked,
         small=small,
         largest=most,
-        advice=tuple(_advice(settings)),
+        advice=tuple(_advice(resolved)),
     )
 
 
-def _advice(settings: experiment.Settings) -> Iterator[str]:
-    """Yields what would make the step need less memory."""
-    if not settings.mixed_precision:
+def _advice(resolved: Resolved) -> Iterator[str]:
+    """Yields flags that make the step need less memory."""
+    pretrains = resolved["train_mode"] == "pretrain"
+    if not resolved["mixed_precision"]:
         yield "--mixed_precision: activations of half the size"
-    is_twice = methods.METHODS[settings.objective].has_gradient_penalty
-    if settings.encoder == "resnet" and not (settings.remat or is_twice):
+    is_twice = pretrains and resolved.objective_type.differentiates_twice
+    if resolved["encoder"] == "resnet" and not (resolved["remat"] or is_twice):
         yield "--remat: blocks are computed again for gradients"
-    if settings.train_mode == "pretrain":
-        more = 2 * settings.accumulate_steps
+    if pretrains:
+        more = 2 * resolved["accumulate_steps"]
         yield f"--accumulate_steps={more}: the same batch, in smaller parts"
     yield "a smaller --train_batch_size, or a slice of more chips"
 
@@ -465,11 +274,12 @@ def report(findings: Findings) -> str:
         add("compiles", "yes")
         add("memory", *_memory_lines(findings))
         add("a step", *_roofline_lines(findings))
+        counts = compiled.collectives.items()
         add(
             "collectives",
             *(
                 f"{found['count']} {kind}, {_amount(found['bytes'], 'B')}"
-                for kind, found in compiled.collectives.items()
+                for kind, found in counts
             ),
         )
     else:
@@ -479,13 +289,9 @@ def report(findings: Findings) -> str:
         if compiled.out_of_memory:
             add("what helps", *findings.advice)
     if findings.largest is not None:
-        add(
-            "largest batch",
-            f"{findings.largest} images a replica, "
-            f"{findings.largest * count:,} a step"
-            if findings.largest
-            else "none that fits",
-        )
+        most = findings.largest
+        text = f"{most} images a replica, {most * count:,} a step"
+        add("largest batch", text if most else "none that fits")
     return "\n".join(lines) + _NOT_COVERED.format(
         compiler=compiled.compiler or "libtpu"
     )
@@ -506,7 +312,7 @@ def _memory_lines(findings: Findings) -> list[str]:
         f"{compiled.temporaries / _GIB:.2f}"
     ]
     if findings.small:
-        share = recomputation(compiled, findings.small)
+        share = tpu_compilation.recomputation(compiled, findings.small)
         lines.append(
             f"the compiler added {share:+.1%} of operations, to fit: what is "
             "left is no headroom"
@@ -518,7 +324,7 @@ def _memory_lines(findings: Findings) -> list[str]:
 
 def _roofline_lines(findings: Findings) -> list[str]:
     compiled, chip = findings.compiled, findings.where.chip
-    by_flops, by_bytes = roofline(compiled, chip)
+    by_flops, by_bytes = tpu_compilation.roofline(compiled, chip)
     slowest = max(by_flops, by_bytes)
     images = findings.rows * findings.where.num_replicas / slowest
     return [
@@ -528,3 +334,12 @@ def _roofline_lines(findings: Findings) -> list[str]:
         f"{_amount(by_bytes, 's')} at {chip.bandwidth:g} GB/s a chip",
         f"{images:,.0f} images/s if nothing else took time; no forecast",
     ]
+
+
+CHECK_TPU = Command(
+    help="Compile the training step for --tpu_topology without a TPU, and "
+    "report whether it fits.",
+    groups=(*schema.STEP_GROUPS, schema.Topology, schema.BatchSearch),
+    prepare=prepare,
+    inherits=inherit.from_checkpoint,
+)

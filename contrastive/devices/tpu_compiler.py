@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a lowered program for TPUs that are not there.
+"""Compiles a lowered program for TPUs without having any.
 
     python tpu_compiler.py PROGRAM RESULT.json '{"topology": "v5e:4x8"}'
 
-A process of its own: libtpu may abort, and jax brings another XLA than
-TensorFlow. What is used of jax is partly private, so its version is pinned, in
-`requirements/check-tpu.txt`.
+It runs in a process of its own, because libtpu may abort and jax brings another
+XLA than TensorFlow. Some functions of jax used here are private, so
+`requirements/check-tpu.txt` pins its version.
 """
 
-import collections
 import importlib.metadata
 import json
 import math
@@ -20,14 +19,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 PACKAGES = ("libtpu", "jax")
-JAX_VERSION = "0.10.2"  # whose private parts these are
+JAX_VERSION = "0.10.2"  # the version whose private functions are used
 _ENVIRONMENT = {
-    # Several checks may run at a time; this machine need not be Google's.
+    # Several checks may run at a time, on machines outside of Google Cloud.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
-    # The default takes three times as long, for the same verdict, memory and
-    # operations; O0 leaves out what makes a program fit.
+    # The default level takes three times as long for the same memory and
+    # operations. O0 skips passes that reduce memory.
     "JAX_OPTIMIZATION_LEVEL": "O1",
 }
 _COLLECTIVE = re.compile(
@@ -38,42 +37,35 @@ _SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+))\w*\[([\d,]*)\]")
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
-    """Returns the number of collectives of each kind, and their bytes.
+    """Counts the collectives in the text of a compiled HLO module.
 
-    Args:
-        program: text of a compiled HLO module. Bytes are those of results.
+    Returns:
+        `count` and `bytes` of the results by kind, e.g. "all-reduce".
     """
-    found: dict[str, collections.Counter[str]] = {}
+    found: dict[str, dict[str, int]] = {}
     for shapes, kind, start in _COLLECTIVE.findall(program):
         sizes = [_num_bytes(*shape) for shape in _SHAPE.findall(shapes)]
-        # What starts an asynchronous one returns its operand, too.
+        # The start of an asynchronous collective returns its operand, too.
         size = sizes[1] if start and len(sizes) > 1 else sum(sizes)
-        counter = found.setdefault(kind, collections.Counter())
-        counter.update(count=1, bytes=size)
-    return {kind: dict(counter) for kind, counter in sorted(found.items())}
+        total = found.setdefault(kind, {"count": 0, "bytes": 0})
+        total["count"] += 1
+        total["bytes"] += size
+    return dict(sorted(found.items()))
 
 
 def _num_bytes(bits: str, dims: str) -> int:
-    """Returns the bytes of an array; "pred", which names no bits, has one."""
     size = math.prod(int(dim) for dim in dims.split(",") if dim)
-    return size * int(bits or 8) // 8
+    return size * int(bits or 8) // 8  # "pred" has no bits in its name
 
 
 def compile_program(
     program: bytes, topology: str, **options: Any
 ) -> dict[str, Any]:
-    """Compiles a program that every device of a topology runs.
+    """Compiles a serialized HloModuleProto for every device of a topology.
 
-    Args:
-        program: serialized HloModuleProto, of one replica.
-        topology: libtpu's name of it, e.g. "v5e:4x8".
-        **options: libtpu's, of the topology.
-
-    Returns:
-        `compiler`, the versions; and either `error`, its own message, or, of
-        one device: bytes of `arguments`, of `temporaries` and at the `peak`; a
-        step's `flops` and `bytes_accessed` as compiled, and `written_flops`,
-        those of the program as it came; and `collectives`.
+    `topology` is libtpu's name, e.g. "v5e:4x8", and `options` are libtpu's.
+    Returns the fields of `tpu_compilation.Compiled`, without those that do not
+    apply, of one device.
     """
     import jax
     from jax._src.lib import _jax
@@ -82,15 +74,13 @@ def compile_program(
 
     versions = [f"{n} {importlib.metadata.version(n)}" for n in PACKAGES]
     found: dict[str, Any] = {"compiler": " and ".join(versions)}
-    written = _jax.hlo_module_cost_analysis(
-        jax.devices("cpu")[0].client,
-        _hlo.HloModule.from_serialized_hlo_module_proto(program),
-    )
+    module = _hlo.HloModule.from_serialized_hlo_module_proto(program)
+    client = jax.devices("cpu")[0].client
+    written = _jax.hlo_module_cost_analysis(client, module)
     try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **options
-        ).devices
-        executable = compile_on(devices, program)
+        options |= {"platform": "tpu", "topology_name": topology}
+        where = topologies.get_topology_desc(**options)
+        executable = compile_on(where.devices, program)
     except jax.errors.JaxRuntimeError as error:
         return found | {"error": str(error)}
     memory = executable.get_compiled_memory_stats()
@@ -108,32 +98,29 @@ def compile_program(
 
 
 def compile_on(devices: Sequence[Any], program: bytes) -> Any:
-    """Returns jax's executable of a program that each of its devices runs."""
+    """Compiles a program for jax's devices, each of which runs it."""
     import numpy as np
     from jax._src import compiler
     from jax._src.interpreters import mlir
     from jax._src.lib import _jax
     from jax._src.lib.mlir import ir
 
+    client, where = devices[0].client, _jax.DeviceList(tuple(devices))
+    options = compiler.get_compile_options(
+        num_replicas=len(devices),
+        num_partitions=1,
+        device_assignment=np.array([[d.id] for d in devices]),
+        backend=client,
+    )
     with mlir.make_ir_context(), ir.Location.unknown():
         module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(program))
         _drop_copies(module)
-        return compiler.backend_compile_and_load(
-            devices[0].client,
-            module,
-            _jax.DeviceList(tuple(devices)),
-            compiler.get_compile_options(
-                num_replicas=len(devices),
-                num_partitions=1,
-                device_assignment=np.array([[d.id] for d in devices]),
-                backend=devices[0].client,
-            ),
-            [],
-        )
+        load = compiler.backend_compile_and_load
+        return load(client, module, where, options, [])
 
 
 def _drop_copies(module: Any) -> None:
-    """Takes out TensorFlow's copies, which the TPU compiler does not know."""
+    """Removes TensorFlow's copies, which the TPU compiler does not support."""
 
     def walk(operation: Any) -> Iterator[Any]:
         for region in operation.regions:
@@ -149,12 +136,11 @@ def _drop_copies(module: Any) -> None:
 
 
 def main() -> None:
-    """Compiles what the arguments name."""
+    """Compiles the program that the arguments name."""
     os.environ.update(_ENVIRONMENT)
     program, result, request = sys.argv[1:]
-    compiled = compile_program(
-        pathlib.Path(program).read_bytes(), **json.loads(request)
-    )
+    module = pathlib.Path(program).read_bytes()
+    compiled = compile_program(module, **json.loads(request))
     pathlib.Path(result).write_text(json.dumps(compiled))
 
 

@@ -8,49 +8,6 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-_REFERENCE_BATCH_SIZE = 256  # images
-SCALINGS = ("linear", "sqrt", "none")
-
-
-def scaled_learning_rate(
-    base: float, batch_size: int, scaling: str = "linear"
-) -> float:
-    """Returns the peak learning rate for a batch size.
-
-    Source: Goyal et al., arXiv:1706.02677 (linear); google-research/simclr,
-    tf2/model.py (both). Note that sqrt counts images, not batches of 256.
-
-    Args:
-        base: learning rate before scaling.
-        batch_size: global batch size, in images.
-        scaling: "linear" (`base * batch_size / 256`), "sqrt"
-            (`base * sqrt(batch_size)`) or "none" (`base`).
-
-    Raises:
-        ValueError: if `scaling` is unknown.
-    """
-    if scaling == "linear":
-        return base * batch_size / _REFERENCE_BATCH_SIZE
-    if scaling == "sqrt":
-        return base * math.sqrt(batch_size)
-    if scaling == "none":
-        return base
-    raise ValueError(
-        f"`scaling` must be one of {SCALINGS}. Received: {scaling!r}."
-    )
-
-
-def train_steps(num_examples: int, epochs: int, batch_size: int) -> int:
-    """Returns the number of steps of a run, SimCLR's: one more than fit in."""
-    return num_examples * epochs // batch_size + 1
-
-
-def warmup_steps(
-    num_examples: int, warmup_epochs: float, batch_size: int
-) -> int:
-    """Returns the number of warm-up steps: the whole batches that fit in."""
-    return int(num_examples * warmup_epochs // batch_size)
-
 
 @keras.saving.register_keras_serializable(package="schedules")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):

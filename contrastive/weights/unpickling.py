@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads pickles and torch files as data, executing nothing.
+"""Reading of pickles and torch files as data; nothing in them is executed.
 
-A pickle is a program that may call any function. Here it is not run by
-`pickle` but read, opcode by opcode, by a machine that knows containers,
-numbers, text and a short list of names, each of which stands for a function of
-this module that makes data. Every other name and opcode is refused. So neither
-jax, haiku, dill nor torch is needed. Memory stays within a small multiple of
-the file's size, whatever sizes the file declares.
+A pickle is a program that may call any function. It is interpreted here by a
+machine that knows containers, numbers, text and a short list of names, and
+refuses every other name and opcode. Each name stands for a function of this
+module, so jax, haiku, dill and torch are not needed. Memory stays within a
+small multiple of the size of the file, whatever sizes the file declares.
 """
 
 import contextlib
@@ -25,38 +24,40 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-_MAX_OPCODES = 1_000_000  # a ResNet-200 with its optimizer has 100,000
 _MAX_DEPTH = 32
 _MAX_NODES = 200_000
+_MAX_OPCODES = 1_000_000  # a ResNet-200 with its optimizer has 100,000
 _LEGACY_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _TORCH_DTYPES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+    "torch.DoubleStorage": np.float64,
+    "torch.FloatStorage": np.float32,
+    "torch.HalfStorage": np.float16,
+    "torch.BFloat16Storage": ml_dtypes.bfloat16,
+    "torch.LongStorage": np.int64,
+    "torch.IntStorage": np.int32,
+    "torch.ShortStorage": np.int16,
+    "torch.CharStorage": np.int8,
+    "torch.ByteStorage": np.uint8,
+    "torch.BoolStorage": np.bool_,
 }
-_LITERALS = frozenset(
-    {
-        "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
-        "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES",
-        "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
-    }
-)  # fmt: skip
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_FIXED_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# The names of the same thing in the versions of a library.
+_SAME_MODULES = {
+    r"^__builtin__$": "builtins",
+    r"^numpy\._?core\.": "numpy.",
+    r"^dill\._?dill$": "dill",
+    r"^haiku\._src\.data_structures$": "haiku",
+    r"^jax\._src\.(array|device_array)$|^jax\.interpreters\.xla$": "jax",
+}
+_NOT_CALLED = {"numpy.ndarray", "ml_dtypes.bfloat16", *_TORCH_DTYPES}
+_NUMBERS = re.compile(r"[<>=|]?([biufc]\d{1,2}|\?)")
+_BYOL_STATE = (
+    *("online_params", "target_params", "online_state", "target_state"),
+    "opt_state",
+)
 
 
 def read_pickle(path: str) -> dict[str, np.ndarray]:
-    """Returns the arrays in a pickle, such as DeepMind's checkpoints.
-
-    Args:
-        path: of a local file.
+    """Returns the arrays in a local pickle, such as DeepMind's checkpoints.
 
     Returns:
         The arrays by their place: the keys of the dictionaries, the fields of
@@ -69,7 +70,7 @@ def read_pickle(path: str) -> dict[str, np.ndarray]:
             damaged.
         OSError: if there is no such file.
     """
-    with _only_value_errors(path), _open(path) as stream:
+    with _opened(path) as stream:
         if stream[: len(_LEGACY_TORCH)] == _LEGACY_TORCH:
             raise ValueError(
                 "it is a torch file of the time before version 1.6. "
@@ -80,26 +81,13 @@ def read_pickle(path: str) -> dict[str, np.ndarray]:
 
 
 def read_torch(path: str) -> dict[str, np.ndarray]:
-    """Returns the arrays in a file of `torch.save`, of version 1.6 or later.
+    """Returns the tensors in a file of `torch.save`, of version 1.6 or later.
 
-    Args:
-        path: of a local file.
-
-    Returns:
-        As `read_pickle`, of tensors and parameters.
-
-    Raises:
-        ValueError: as `read_pickle`; also for a whole module, which names its
-            classes, where a state dictionary does not.
-        OSError: if there is no such file.
+    The result and the errors are those of `read_pickle`. A whole module is
+    refused: it names its classes, where a state dictionary does not.
     """
-    with (
-        _only_value_errors(path),
-        _open(path) as stream,
-        zipfile.ZipFile(stream) as archive,
-    ):
-        size = len(stream)
-        entries = archive.infolist()
+    with _opened(path) as stream, zipfile.ZipFile(stream) as archive:
+        size, entries = len(stream), archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, which torch's files are not.")
         if sum(entry.file_size for entry in entries) > size:
@@ -118,34 +106,28 @@ def read_torch(path: str) -> dict[str, np.ndarray]:
 
         @functools.cache
         def load(storage: str, key: str) -> np.ndarray:
-            dtype = np.dtype(_TORCH_DTYPES[storage.removeprefix("torch.")])
-            content = archive.read(f"{roots[0]}data/{key}")
-            return np.frombuffer(content, dtype.newbyteorder(order))
+            dtype = np.dtype(_TORCH_DTYPES[storage]).newbyteorder(order)
+            return np.frombuffer(archive.read(f"{roots[0]}data/{key}"), dtype)
 
         program = archive.read(f"{roots[0]}data.pkl")
         return _arrays(_Machine(size, load).run(io.BytesIO(program)))
 
 
 class _Map(mmap.mmap):
-    """A file whose reads end where it ends, whatever size is asked for.
-
-    Python's own files take memory for all that is asked for.
-    """
+    """A file that takes no memory for more than it holds, unlike Python's."""
 
     def seekable(self) -> bool:
         return True
 
 
-def _open(path: str) -> Any:
-    with open(path, "rb") as file:
-        return _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 @contextlib.contextmanager
-def _only_value_errors(path: str) -> Iterator[None]:
-    """Makes one kind of error of whatever is wrong with a file's content."""
+def _opened(path: str) -> Iterator[Any]:
+    """Opens a file; all errors of its content become ValueError."""
     try:
-        yield
+        with open(path, "rb") as file:
+            stream = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with stream:
+            yield stream
     except OSError:
         raise
     except ValueError as error:
@@ -154,28 +136,6 @@ def _only_value_errors(path: str) -> Iterator[None]:
         raise ValueError(
             f"Cannot read {path}: it is damaged ({error!r:.200})."
         ) from error
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Name:
-    """What a name in a pickle stands for: a function of ours, or nothing."""
-
-    name: str
-    function: Callable[..., Any] | None = None
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Array:
-    """An array whose content a later opcode may bring."""
-
-    value: np.ndarray | None = None
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _DType:
-    """A type of numbers whose byte order a later opcode may bring."""
-
-    value: np.dtype
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
@@ -200,88 +160,189 @@ def _arrays(tree: Any) -> dict[str, np.ndarray]:
     raise ValueError(f"its containers hold more than {_MAX_NODES} things.")
 
 
-class _Machine:
-    """Reads the opcodes of one pickle.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Name:
+    """A name in a pickle, and the function of ours that is called for it."""
 
-    Args:
-        size: of the file, bytes: what limits the memory that is used.
-        load_storage: the numbers of a torch storage, by the name of its type
-            and its key.
-    """
+    name: str
+    function: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Array:
+    """An array whose content a later opcode may bring."""
+
+    value: np.ndarray | None = None
+
+    def fill(self, state: Sequence[Any]) -> "_Array":
+        """Sets the content, which must be as long as its shape says."""
+        _, shape, dtype, is_fortran, content = state
+        self.value = np.frombuffer(content, dtype.value).reshape(
+            shape, order="F" if is_fortran else "C"
+        )
+        return self
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _DType:
+    """A type of numbers whose byte order a later opcode may bring."""
+
+    value: np.dtype
+
+
+def _apply(target: Any, arguments: Sequence[Any]) -> Any:
+    if not isinstance(target, _Name) or not target.function:
+        raise ValueError("it calls what is no function.")
+    return target.function(*arguments)
+
+
+def _update(items: list[Any], target: Any) -> Any:
+    keys = items[::2]
+    if type(target) is not dict:
+        raise ValueError("it sets items of what is no dictionary.")
+    # The hash of nested tuples is a recursion without a limit.
+    if not all(isinstance(key, str | bytes | int | float) for key in keys):
+        raise ValueError("a key is neither text nor a number.")
+    target.update(zip(keys, items[1::2], strict=True))
+    return target
+
+
+def _dtype(code: Any, *_: Any) -> _DType:
+    """Returns a type of numbers; never of Python objects."""
+    if isinstance(code, _Name) and code.name == "ml_dtypes.bfloat16":
+        return _DType(np.dtype(ml_dtypes.bfloat16))
+    if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
+        raise ValueError(f"an array is of {code!r:.40}, not of numbers.")
+    return _DType(np.dtype(code))
+
+
+def _rebuilt(function: Any, arguments: Any, state: Any, *_: Any) -> _Array:
+    """Returns an array from the parts of its pickle that its library took."""
+    array = _apply(function, arguments)
+    if not isinstance(array, _Array):
+        raise ValueError("it fills what is no array.")
+    return array.fill(state)
+
+
+def _tensor(
+    storage: np.ndarray,
+    offset: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    *_: Any,
+) -> _Array:
+    """Returns a view of a storage; strides of 0 could declare any size."""
+    if not all(isinstance(n, int) and n >= 0 for n in (offset, *sizes)):
+        raise ValueError(f"a tensor has the sizes {sizes!r:.80}.")
+    last = sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    inside = offset + last < len(storage) and min(strides, default=0) >= 0
+    if math.prod(sizes) and (not inside or math.prod(sizes) > len(storage)):
+        raise ValueError(f"a tensor of {sizes!r:.80} exceeds its storage.")
+    steps = [step * storage.itemsize for step in strides]
+    view = np.lib.stride_tricks.as_strided
+    return _Array(view(storage[offset:], sizes, steps, writeable=False))
+
+
+# `collections.OrderedDict` and records must be empty or not copied: a copy of
+# an object in the memo could be asked for again and again.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "builtins.bytes": lambda: b"",
+    "numpy.dtype": _dtype,
+    "numpy.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.multiarray.scalar": lambda dtype, content: _Array(
+        np.frombuffer(content, dtype.value, 1).reshape(())
+    ),
+    "numpy.numeric._frombuffer": lambda content, dtype, shape, order: (
+        _Array().fill((1, shape, dtype, order == "F", content))
+    ),
+    "dill._create_array": _rebuilt,
+    "jax._reconstruct_array": _rebuilt,
+    "jax.reconstruct_device_array": _rebuilt,
+    "haiku.FlatMapping": lambda mapping: mapping,
+    "haiku.FlatMap": lambda mapping: mapping,
+    "haiku.frozendict": lambda mapping: mapping,
+    "byol.byol_experiment._ByolExperimentState": lambda *values: dict(
+        zip(_BYOL_STATE, values, strict=True)
+    ),
+    "collections.OrderedDict": lambda: {},
+    "argparse.Namespace": lambda: {},
+    "torch.Size": lambda sizes: sizes,
+    "torch.device": lambda *_: None,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+}
+
+
+class _Machine:
+    """Interprets the opcodes of one pickle in memory limited by its `size`."""
 
     def __init__(
         self,
         size: int,
         load_storage: Callable[[str, str], np.ndarray] | None = None,
     ) -> None:
-        self._left = size + _MAX_OPCODES
+        self._left = size + _MAX_OPCODES  # bytes that calls may still take
+        # Gives the numbers of a torch storage by the name of its type and key.
         self._load_storage = load_storage
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # stacks below the marks
         self._memo: dict[int, Any] = {}
-        self._functions = _functions() | {
+        self._functions = _FUNCTIONS | {
             "_codecs.encode": self._encode,
             "dill._create_namedtuple": self._named_tuple,
         }
-        self._actions: dict[str, Callable[[Any], Any]] = {
-            "PROTO": lambda _: None,
-            "FRAME": lambda _: None,
+        push, pop, since_mark = self._push, self._pop, self._since_mark
+        # By opcodes, separated by spaces; the argument of NONE is None.
+        actions: dict[str, Callable[[Any], Any]] = {
+            "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT NONE": push,
+            "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BYTEARRAY8": push,
+            "BINBYTES SHORT_BINBYTES BINBYTES8": push,
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "PROTO FRAME": lambda _: None,
             "MARK": self._mark,
             "POP": lambda _: self._stack.pop(),
-            "POP_MARK": lambda _: self._since_mark(),
-            "EMPTY_DICT": lambda _: self._push({}),
-            "EMPTY_LIST": lambda _: self._push([]),
-            "EMPTY_SET": lambda _: self._push([]),
-            "TUPLE": lambda _: self._push(tuple(self._since_mark())),
-            "LIST": lambda _: self._push(self._since_mark()),
-            "FROZENSET": lambda _: self._push(self._since_mark()),
-            "DICT": self._dict,
+            "POP_MARK": lambda _: since_mark(),
+            "EMPTY_DICT": lambda _: push({}),
+            "EMPTY_LIST EMPTY_SET": lambda _: push([]),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "TUPLE1": lambda _: push(tuple(pop(1))),
+            "TUPLE2": lambda _: push(tuple(pop(2))),
+            "TUPLE3": lambda _: push(tuple(pop(3))),
+            "TUPLE": lambda _: push(tuple(since_mark())),
+            "LIST FROZENSET": lambda _: push(since_mark()),
+            "DICT": lambda _: push(_update(since_mark(), {})),
             "APPEND": lambda _: self._extend([self._stack.pop()]),
-            "APPENDS": lambda _: self._extend(self._since_mark()),
-            "ADDITEMS": lambda _: self._extend(self._since_mark()),
-            "SETITEM": lambda _: self._update(self._pop(2)),
-            "SETITEMS": lambda _: self._update(self._since_mark()),
-            "BINPUT": self._put,
-            "LONG_BINPUT": self._put,
+            "APPENDS ADDITEMS": lambda _: self._extend(since_mark()),
+            "SETITEM": lambda _: _update(pop(2), self._stack[-1]),
+            "SETITEMS": lambda _: _update(since_mark(), self._stack[-1]),
+            "BINPUT LONG_BINPUT": self._put,
             "MEMOIZE": lambda _: self._put(len(self._memo)),
-            "BINGET": lambda key: self._push(self._memo[key]),
-            "LONG_BINGET": lambda key: self._push(self._memo[key]),
-            "GLOBAL": lambda name: self._name(*name.split(" ", 1)),
-            "STACK_GLOBAL": lambda _: self._name(*self._pop(2)),
-            "REDUCE": self._call,
-            "NEWOBJ": self._call,
+            "BINGET LONG_BINGET": lambda key: push(self._memo[key]),
+            "GLOBAL": lambda name: push(self._find(*name.split(" ", 1))),
+            "STACK_GLOBAL": lambda _: push(self._find(*pop(2))),
+            "REDUCE NEWOBJ": lambda _: push(_apply(*pop(2))),
             "BUILD": self._build,
             "BINPERSID": self._storage,
         }
+        self._actions = {
+            opcode: action
+            for opcodes, action in actions.items()
+            for opcode in opcodes.split()
+        }
 
     def run(self, stream: Any) -> Any:
-        """Returns what the pickle describes.
-
-        Args:
-            stream: has `read` and `readline` of bytes.
-
-        Raises:
-            ValueError: for an opcode or a name that is not of data. Damaged
-                pickles raise whatever the damage leads to.
-        """
+        """Returns the object that the pickle describes."""
         opcodes = pickletools.genops(stream)
         for opcode, argument, _ in itertools.islice(opcodes, _MAX_OPCODES):
             if opcode.name == "STOP":
                 return self._stack.pop()
-            if opcode.name in _LITERALS:
-                self._push(argument)
-            elif opcode.name in _CONSTANTS:
-                self._push(_CONSTANTS[opcode.name])
-            elif opcode.name in _FIXED_TUPLES:
-                items = self._pop(_FIXED_TUPLES[opcode.name])
-                self._push(tuple(items))
-            elif opcode.name in self._actions:
-                self._actions[opcode.name](argument)
-            else:
+            if opcode.name not in self._actions:
                 raise ValueError(
                     f"its opcode {opcode.name} is not one of those that data "
                     "needs (protocol 2 or later). Nothing was executed."
                 )
+            self._actions[opcode.name](argument)
         raise ValueError(f"it has more than {_MAX_OPCODES} opcodes.")
 
     def _push(self, item: Any) -> None:
@@ -290,8 +351,8 @@ class _Machine:
     def _pop(self, count: int) -> list[Any]:
         if count > len(self._stack):
             raise ValueError("it takes more from its stack than is there.")
-        items = self._stack[len(self._stack) - count :]
-        del self._stack[len(self._stack) - count :]
+        items = self._stack[-count:]
+        del self._stack[-count:]
         return items
 
     def _mark(self, _: None) -> None:
@@ -310,50 +371,26 @@ class _Machine:
             raise ValueError("it appends to what is no list.")
         self._stack[-1].extend(items)
 
-    def _dict(self, _: None) -> None:
-        items = self._since_mark()
-        self._push({})
-        self._update(items)
-
-    def _update(self, items: list[Any]) -> None:
-        target, keys = self._stack[-1], items[::2]
-        if type(target) is not dict:
-            raise ValueError("it sets items of what is no dictionary.")
-        # The hash of nested tuples is a recursion without a limit.
-        if not all(isinstance(key, str | bytes | int | float) for key in keys):
-            raise ValueError("a key is neither text nor a number.")
-        target.update(zip(keys, items[1::2], strict=True))
-
-    def _name(self, module: str, name: str) -> None:
-        """Puts on the stack what stands for `module.name`."""
+    def _find(self, module: str, name: str) -> _Name:
         for pattern, short in _SAME_MODULES.items():
             module = re.sub(pattern, short, module)
         full = f"{module}.{name}"
-        if full in _NAMES_ALONE or _STORAGE.fullmatch(full):
-            self._push(_Name(full))
-        elif full in self._functions:
-            self._push(_Name(full, self._functions[full]))
-        else:
-            raise ValueError(
-                f"it names {full!r:.200}, which is not one of the few names "
-                "that stand for data. Nothing was executed. Of a torch module, "
-                "save the state_dict()."
-            )
-
-    def _call(self, _: None) -> None:
-        target, arguments = self._pop(2)
-        if not isinstance(target, _Name) or not target.function:
-            raise ValueError("it calls what is no function.")
-        self._push(target.function(*arguments))
+        if full in self._functions or full in _NOT_CALLED:
+            return _Name(full, self._functions.get(full))
+        raise ValueError(
+            f"it names {full!r:.200}, which is not one of the few names that "
+            "stand for data. Nothing was executed. Of a torch module, save the "
+            "state_dict()."
+        )
 
     def _build(self, _: None) -> None:
         state = self._stack.pop()
         target = self._stack[-1]
         if isinstance(target, _Array):
-            _fill(target, state)
+            target.fill(state)
         elif isinstance(target, _DType):
             target.value = target.value.newbyteorder(state[1])
-        # What dictionaries and records have besides their items is no array.
+        # The state of dictionaries and records is not an array.
         elif not isinstance(target, dict):
             raise ValueError("it changes what is neither array nor record.")
 
@@ -369,7 +406,6 @@ class _Machine:
         self._push(numbers)
 
     def _spend(self, size: int) -> None:
-        """Counts bytes that calls make anew: no more than the file has."""
         self._left -= size
         if self._left < 0:
             raise ValueError("it makes more than the file holds.")
@@ -387,107 +423,3 @@ class _Machine:
             return dict(zip(fields, values, strict=True))
 
         return _Name(name, record)
-
-
-# Names of one thing in the versions of a library.
-_SAME_MODULES = {
-    r"^__builtin__$": "builtins",
-    r"^numpy\._?core\.": "numpy.",
-    r"^dill\._?dill$": "dill",
-    r"^haiku\._src\.data_structures$": "haiku",
-    r"^jax\._src\.(array|device_array)$|^jax\.interpreters\.xla$": "jax",
-}
-_NAMES_ALONE = frozenset({"numpy.ndarray", "ml_dtypes.bfloat16"})
-_STORAGE = re.compile(rf"torch\.({'|'.join(_TORCH_DTYPES)})")
-_NUMBERS = re.compile(r"[<>=|]?([biufc]\d{1,2}|\?)")
-
-
-def _functions() -> dict[str, Callable[..., Any]]:
-    """Returns what the names that may be called stand for.
-
-    `collections.OrderedDict` and records must come empty or as they are, since
-    a copy of what is remembered could be asked for again and again.
-    """
-    return {
-        "builtins.bytes": lambda: b"",
-        "numpy.dtype": _dtype,
-        "numpy.multiarray._reconstruct": lambda *_: _Array(),
-        "numpy.multiarray.scalar": lambda dtype, content: _Array(
-            np.frombuffer(content, dtype.value, 1).reshape(())
-        ),
-        "numpy.numeric._frombuffer": lambda content, dtype, shape, order: _fill(
-            _Array(), (1, shape, dtype, order == "F", content)
-        ),
-        "dill._create_array": _rebuilt,
-        "jax._reconstruct_array": _rebuilt,
-        "jax.reconstruct_device_array": _rebuilt,
-        "haiku.FlatMapping": lambda mapping: mapping,
-        "haiku.FlatMap": lambda mapping: mapping,
-        "haiku.frozendict": lambda mapping: mapping,
-        "byol.byol_experiment._ByolExperimentState": lambda *values: dict(
-            zip(_BYOL_STATE, values, strict=True)
-        ),
-        "collections.OrderedDict": lambda: {},
-        "argparse.Namespace": lambda: {},
-        "torch.Size": lambda sizes: sizes,
-        "torch.device": lambda *_: None,
-        "torch._utils._rebuild_tensor_v2": _tensor,
-        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    }
-
-
-_BYOL_STATE = (
-    "online_params",
-    "target_params",
-    "online_state",
-    "target_state",
-    "opt_state",
-)
-
-
-def _dtype(code: Any, *_: Any) -> _DType:
-    """Returns a type of numbers; never of Python objects."""
-    if isinstance(code, _Name) and code.name == "ml_dtypes.bfloat16":
-        return _DType(np.dtype(ml_dtypes.bfloat16))
-    if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-        raise ValueError(f"an array is of {code!r:.40}, not of numbers.")
-    return _DType(np.dtype(code))
-
-
-def _fill(array: _Array, state: Sequence[Any]) -> _Array:
-    """Gives an array its content, which must be as long as its shape says."""
-    _, shape, dtype, is_fortran, content = state
-    array.value = np.frombuffer(content, dtype.value).reshape(
-        shape, order="F" if is_fortran else "C"
-    )
-    return array
-
-
-def _rebuilt(function: Any, arguments: Any, state: Any, *_: Any) -> _Array:
-    """Returns an array from the parts of its pickle that its library took."""
-    if not isinstance(function, _Name) or not function.function:
-        raise ValueError("it calls what is no function.")
-    return _fill(function.function(*arguments), state)
-
-
-def _tensor(
-    storage: np.ndarray,
-    offset: int,
-    sizes: Sequence[int],
-    strides: Sequence[int],
-    *_: Any,
-) -> _Array:
-    """Returns a tensor: a view of its storage."""
-    if not all(isinstance(n, int) and n >= 0 for n in (offset, *sizes)):
-        raise ValueError(f"a tensor has the sizes {sizes!r:.80}.")
-    last = sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
-    inside = offset + last < len(storage) and min(strides, default=0) >= 0
-    # Zero strides may declare a tensor larger than what it is of.
-    if math.prod(sizes) and (not inside or math.prod(sizes) > len(storage)):
-        raise ValueError(f"a tensor of {sizes!r:.80} exceeds its storage.")
-    steps = [step * storage.itemsize for step in strides]
-    return _Array(
-        np.lib.stride_tricks.as_strided(
-            storage[offset:], sizes, steps, writeable=False
-        )
-    )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from contrastive.commands import experiment
+from contrastive.commands import session, train
 from contrastive.evaluation import probe
-from contrastive.training import trainer
+from contrastive.training import loop
 from tests.support import program
 
 _SMALL = [
@@ -119,7 +119,7 @@ def test_checkpoints_are_saved_on_a_time_interval(
         now[0] += 20.0
         return now[0]
 
-    monkeypatch.setattr(trainer.time, "monotonic", monotonic)
+    monkeypatch.setattr(loop.time, "monotonic", monotonic)
     code = program.main(
         "--preset=linear_eval_deepmind",
         f"--checkpoint={pretrained}",
@@ -140,14 +140,19 @@ def test_checkpoints_are_saved_on_a_time_interval(
 def test_a_sweep_is_decided_on_held_out_training_images(
     pretrained, tmp_path, monkeypatch
 ):
-    seen = []
-    evaluate = experiment.Run.evaluate
+    trained, seen = [], []
+    create_state, evaluate = train.create_state, session.evaluate
 
-    def recorded(self, step):
-        seen.append((self.train_data, self.eval_data))
-        return evaluate(self, step)
+    def recorded_state(run, config):
+        trained.append(run.train_data)
+        return create_state(run, config)
 
-    monkeypatch.setattr(experiment.Run, "evaluate", recorded)
+    def recorded(of, networks, dataset, *more):
+        seen.append((trained[-1], dataset))
+        return evaluate(of, networks, dataset, *more)
+
+    monkeypatch.setattr(train, "create_state", recorded_state)
+    monkeypatch.setattr(session, "evaluate", recorded)
     words = [
         "--mode=train_then_eval",
         "--preset=linear_eval_byol",
@@ -159,10 +164,10 @@ def test_a_sweep_is_decided_on_held_out_training_images(
     ]
     assert program.main(*words) == 0
     *trials, final = seen
-    for train, held_out in trials:
-        assert (train.num_examples, held_out.num_examples) == (9000, 1000)
-        assert not np.intersect1d(train.ids, held_out.ids).size
-        assert (train.split, held_out.split) == ("train", "train")
+    for train_data, held_out in trials:
+        assert (train_data.num_examples, held_out.num_examples) == (9000, 1000)
+        assert not np.intersect1d(train_data.ids, held_out.ids).size
+        assert (train_data.split, held_out.split) == ("train", "train")
     assert final[0].num_examples == 10_000
     assert final[1].split == "test"
     found = json.loads((tmp_path / "sweep.json").read_text())
@@ -175,20 +180,19 @@ def test_a_sweep_is_decided_on_held_out_training_images(
     # The same again takes up what is there.
     result = (tmp_path / "result.json").read_text()
     monkeypatch.setattr(
-        trainer.CompiledLoop, "__call__", lambda *_: pytest.fail("trained")
+        loop.CompiledLoop, "__call__", lambda *_: pytest.fail("trained")
     )
     assert program.main(*words) == 0
     assert (tmp_path / "result.json").read_text() == result
 
 
 def test_a_rate_that_diverges_is_not_chosen(pretrained, tmp_path, monkeypatch):
-    def train(config, networks, optimizers, make_stream, strategy, checkpoints,
-              *_):  # fmt: skip
+    def diverging(config, state, make_stream, strategy, checkpoints, *_):
         if config.peak_learning_rate > 100:
-            raise trainer.TrainingDiverged("as said")
+            raise loop.TrainingDiverged("as said")
         checkpoints.save(config.train_steps)
 
-    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(loop, "train", diverging)
     code = program.main(
         "--preset=linear_eval_byol",
         "--sweep_learning_rate=1e6,0.1",
@@ -235,7 +239,7 @@ def test_probe_keeps_no_features_if_told_so(pretrained, monkeypatch):
 
     def measure(*_, **kwargs):
         given.update(kwargs)
-        raise trainer.Interrupted("Measured.", 0)
+        raise loop.Interrupted("Measured.", 0)
 
     monkeypatch.setattr(probe, "measure", measure)
     words = ["--mode=probe", f"--checkpoint={pretrained}"]
@@ -331,7 +335,7 @@ def test_bad_input_is_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        trainer, "train", lambda *_: pytest.fail("training started")
+        loop, "train", lambda *_: pytest.fail("training started")
     )
     assert program.main(f"--checkpoint={pretrained}", *words.split()) == 2
     error = capsys.readouterr().err

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dry run says what training would be, and touches nothing."""
+"""--dry_run: the plan of a training, and that it writes nothing."""
 
-import sys
+import math
 
 import pytest
 import tensorflow as tf
 
+from contrastive.commands import plan as plan_lib, session as session_lib, train
 from tests.support import processes, program
 
 
@@ -19,7 +20,9 @@ def _lines(text):
     return dict(line.split(":", 1) for line in text.splitlines())
 
 
-def test_a_plan_of_data_and_a_slice_that_are_not_here(tmp_path, capsys):
+def test_plan_of_data_and_a_slice_that_are_not_here_has_their_numbers(
+    tmp_path, capsys
+):
     plan = _plan(
         capsys,
         "--preset=relicv2_300",
@@ -47,7 +50,7 @@ def test_a_plan_of_data_and_a_slice_that_are_not_here(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_of_what_is_here(tmp_path, capsys):
+def test_plan_of_a_run_that_is_here_resumes_it(tmp_path, capsys):
     words = (
         "--dataset=photo_patches",
         "--resnet_depth=10",
@@ -60,8 +63,8 @@ def test_a_plan_of_what_is_here(tmp_path, capsys):
     plan = _plan(capsys, *words, "--train_steps=4", "--strategy=one_device")
     assert "10,000 images" in plan["training"]
     assert plan["devices"].strip() == "one_device, 1 replica"
-    assert "goes on from step 2" in plan["checkpoints"]
-    # What a checkpoint will be is what one is, but for the names in it.
+    assert "resumes from step 2" in plan["checkpoints"]
+    # The size of the checkpoint that is there, without the names in it.
     said = plan["sizes"].split("in every checkpoint, ")[1].split(";")[0]
     number, unit = said.split()
     expected = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
@@ -75,7 +78,7 @@ def test_a_plan_of_what_is_here(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("strategy", ["mirrored", "multi_worker"])
-def test_devices_need_not_be_there(strategy, capsys):
+def test_plan_of_missing_devices_lists_numbers_of_cores(strategy, capsys):
     plan = _plan(
         capsys,
         "--dataset=photo_patches",
@@ -90,71 +93,16 @@ def test_devices_need_not_be_there(strategy, capsys):
     )
 
 
-def test_what_is_no_training_has_no_plan(tmp_path, capsys):
+def test_plan_rejects_modes_that_do_not_train(tmp_path, capsys):
     words = ["--dry_run", "--mode=probe", f"--checkpoint={tmp_path}"]
     assert program.main(*words) == 2
-    assert "--dry_run is of training" in capsys.readouterr().err
-
-
-def _script(tmp_path, recipe):
-    """Returns the plans of both stages of the script."""
-    result = processes.run(
-        "bash",
-        "tpu_pretrain_imagenet.sh",
-        "--dry_run",
-        environment={
-            "RECIPE": recipe,
-            "TPU_NAME": "local",
-            "STORAGE_BUCKET": f"{tmp_path}/bucket",
-            "PYTHON": sys.executable,
-        },
+    assert (
+        "--dry_run plans a training, not --mode=probe"
+        in capsys.readouterr().err
     )
-    first, second = result.stdout.split("training:")[1:]
-    assert not list(tmp_path.iterdir())
-    return _lines(f"training:{first}"), _lines(f"training:{second}")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "what", "steps", "linear_steps"),
-    [
-        (
-            "rpc_imagenet_r50",
-            "rpc, ResNet-50 x1, selective kernels",
-            "31,279",
-            "28,151",
-        ),
-        pytest.param(
-            "rpc_imagenet_r152",
-            "rpc, ResNet-152 x2, selective kernels",
-            "31,279",
-            "28,151",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "relicv2_1000",
-            "relicv2, ResNet-50 x1",
-            "312,785",
-            "125,114",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "semppl_300",
-            "semppl, ResNet-50 x1",
-            "93,836",
-            "125,114",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_the_script_of_recipes(tmp_path, recipe, what, steps, linear_steps):
-    pretraining, linear = _script(tmp_path, recipe)
-    assert what in pretraining["training"]
-    assert steps in pretraining["steps"]
-    assert linear_steps in linear["steps"]
-    assert "known once" in linear["sizes"]
-
-
-def test_plan_of_a_checkpoint_that_cannot_be_reached_is_of_all_else(
+def test_plan_of_a_checkpoint_that_cannot_be_reached_has_all_else(
     capsys, monkeypatch
 ):
     """As the second stage of a recipe where there is no network."""
@@ -180,47 +128,46 @@ def test_plan_of_a_checkpoint_that_cannot_be_reached_is_of_all_else(
     assert "known once gs://bucket/run is there" in plan["sizes"]
 
 
+def _bytes(variables):
+    return sum(
+        math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables
+    )
+
+
 @pytest.mark.parametrize(
-    ("code", "is_soon", "goes_on"),
+    "words",
     [
-        (75, True, True),
-        (134, False, True),
-        (134, True, False),
-        (3, True, False),
+        "--objective=simclr",
+        "--objective=rpc --optimizer=adam --sk_ratio=0.0625",
+        "--objective=vicreg --lineareval_while_pretraining=false",
+        "--objective=relic --learnable_temperature",
+        "--objective=semppl --queue_size=99 --num_large_views=3",
+        "--objective=semppl --learnable_temperature --optimizer=momentum",
+        "--objective=siglip --target_network=false",
+        "--train_mode=finetune --checkpoint=none --fine_tune_after_block=2",
+        "--train_mode=finetune --checkpoint=none --ft_proj_selector=1 "
+        "--optimizer=lars",
     ],
 )
-def test_the_script_starts_again_what_was_lost(
-    code, is_soon, goes_on, tmp_path
-):
-    """With a program that is lost twice in place of Python."""
-    python = tmp_path / "python"
-    python.write_text(
-        f"""#!/bin/sh
-echo "$@" >> {tmp_path}/calls
-[ "$(wc -l < {tmp_path}/calls)" -gt 2 ] || exit {code}
-"""
+def test_state_bytes_equal_the_built_state(words, tmp_path):
+    resolved = program.resolve(
+        *words.split(),
+        "--dataset=photo_patches",
+        "--resnet_depth=10",
+        "--width_multiplier=0.125",
+        "--proj_hidden_dim=24",
+        "--train_batch_size=16",
+        f"--model_dir={tmp_path}",
     )
-    python.chmod(0o755)
-    processes.run(
-        "bash",
-        "tpu_pretrain_imagenet.sh",
-        "--seed=3",
-        code=0 if goes_on else code,
-        environment={
-            "STORAGE_BUCKET": "my-bucket",
-            "PYTHON": python,
-            "RESTART_SECONDS": "0",
-            "ABORT_SECONDS": "600" if is_soon else "0",
-            "BEFORE_RESTART": f"echo again >> {tmp_path}/restarts",
-        },
+    run = train.open_run(session_lib.open_session(resolved))
+    config = run.config()
+    state = train.create_state(run, config)
+    layers = sum(_bytes(layer.variables) for layer in state.layers().values())
+    optimizers = [
+        _bytes(optimizer.variables) if optimizer is not None else 0
+        for optimizer in state.optimizers
+    ]
+    assert plan_lib.state_bytes(config, run.resolved, 16) == (
+        layers + optimizers[2],
+        layers + sum(optimizers),
     )
-    calls = (tmp_path / "calls").read_text().splitlines()
-    if not goes_on:  # diverged or unusable: the same would happen again
-        assert len(calls) == 1
-        return
-    assert (tmp_path / "restarts").read_text() == "again\n" * 2
-    assert len(set(calls[:3])) == 1
-    assert "--train_mode=pretrain" in calls[0]
-    assert "--model_dir=gs://my-bucket/rpc_imagenet_r50" in calls[0]
-    assert "--checkpoint=gs://my-bucket/rpc_imagenet_r50" in calls[3]
-    assert all("--seed=3" in call for call in calls)

@@ -12,7 +12,7 @@ import threading
 import oauth2client
 import pytest
 
-from contrastive.devices import cloud_tpu, devices
+from contrastive.devices import cloud_tpu, strategies
 from tests.support import program
 
 _PROJECT, _ZONE, _NAME = "my-project", "us-central2-b", "my-tpu"
@@ -141,24 +141,24 @@ def _wait(minutes=1.0, version="2.20.0"):
     return pauses
 
 
-def test_a_ready_tpu_is_not_waited_for(api):
+def test_wait_until_ready_of_a_ready_tpu_does_not_wait(api):
     api.answers = [_node()]
     assert _wait() == []
 
 
-def test_a_new_tpu_is_waited_for(api):
+def test_wait_until_ready_of_a_new_tpu_waits(api):
     # State, health and version are asked one after the other.
     making = _node("CREATING", None, networkEndpoints=[])
     api.answers = [making] * 6 + [_node()]
     assert len(_wait()) == 2
 
 
-def test_a_maintained_tpu_is_waited_for(api):
+def test_wait_until_ready_of_a_maintained_tpu_waits(api):
     api.answers = [_node(health="UNHEALTHY_MAINTENANCE")] * 3 + [_node()]
     assert len(_wait()) == 1
 
 
-def test_a_busy_api_is_asked_again(api):
+def test_wait_until_ready_busy_api_tries_again(api):
     busy = _error(503, "UNAVAILABLE", "Try again.")
     api.answers = [busy, _error(429, "EXHAUSTED", "Slowly."), _node()]
     assert len(_wait()) == 2
@@ -177,7 +177,7 @@ def test_a_busy_api_is_asked_again(api):
         ("tpu-vm-tf-2.19.0", False),
     ],
 )
-def test_versions(api, runtime, fits):
+def test_wait_until_ready_other_tensorflow_raises(api, runtime, fits):
     api.answers = [_node(version=runtime)]
     if fits:
         assert _wait() == []
@@ -186,7 +186,7 @@ def test_versions(api, runtime, fits):
             _wait()
 
 
-def test_without_google_s_machine_the_place_must_be_given(monkeypatch):
+def test_find_outside_google_cloud_without_a_zone_raises(monkeypatch):
     # Its metadata server is asked, which only exists there.
     def nowhere(*_, **__):
         raise cloud_tpu.URLError("Name or service not known")
@@ -220,11 +220,11 @@ def test_without_google_s_machine_the_place_must_be_given(monkeypatch):
         (_error(500, "INTERNAL", "Oh."), "the API answers 500, Oh."),
     ],
 )
-def test_each_obstacle_is_one_line(
+def test_main_tpu_that_is_not_ready_prints_one_line(
     api, answer, line, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        devices, "_tpu_strategy", lambda *_: pytest.fail("it connected")
+        strategies, "_tpu_strategy", lambda *_: pytest.fail("it connected")
     )
     api.answers = [answer]
     code = program.main(

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import data
-from contrastive.evaluation import embed, features
+from contrastive.evaluation import features
 from contrastive.evaluation.features import Outputs
 
 _SIZES = {
@@ -67,7 +67,7 @@ def test_all_of_a_folder_in_the_order_of_the_paths(images, outputs):
 
 def test_embeddings_as_npz(images, outputs, tmp_path):
     path = str(tmp_path / "e.npz")
-    assert embed.write_embeddings(path, images, outputs) == 1
+    assert features.write_embeddings(path, images, outputs) == 1
     with np.load(path) as found:
         assert found["name"].tolist() == _READABLE
         assert found["unreadable"].tolist() == ["dog/lost.jpg"]
@@ -78,7 +78,7 @@ def test_embeddings_as_npz(images, outputs, tmp_path):
 
 def test_embeddings_as_parquet(images, outputs, tmp_path):
     path = str(tmp_path / "e.parquet")
-    embed.write_embeddings(path, images, outputs)
+    features.write_embeddings(path, images, outputs)
     found = pyarrow.parquet.read_table(path).to_pydict()
     assert found["name"] == _READABLE
     assert found["class"] == ["cat", "cat", "dog", "dog", "zebra"]
@@ -88,7 +88,7 @@ def test_embeddings_as_parquet(images, outputs, tmp_path):
 
 
 def test_an_image_that_fails_later_is_missing_and_named(images, outputs):
-    assert embed._names(images, outputs.ids[1:]) == (
+    assert features._names(images, outputs.ids[1:]) == (
         _READABLE[1:],
         ["cat/a4.png", "dog/lost.jpg"],
     )
@@ -98,9 +98,9 @@ def test_images_without_names_have_their_ids(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((3, 4, 4, 3), np.uint8))
     images = data.load(str(tmp_path / "x.npz"), "all")
     outputs = features.compute_outputs(None, images, 4)
-    assert embed._names(images, outputs.ids) == (["0", "1", "2"], [])
+    assert features._names(images, outputs.ids) == (["0", "1", "2"], [])
     path = str(tmp_path / "e.parquet")
-    embed.write_embeddings(path, images, outputs)
+    features.write_embeddings(path, images, outputs)
     found = pyarrow.parquet.read_table(path).to_pydict()
     assert found["label"] == [-1] * 3
     assert found["class"] == [None] * 3
@@ -115,8 +115,8 @@ def test_predictions_as_csv(images, outputs, tmp_path, capsys):
     classes = ["a", 'b,"quoted"', "c"]
     path = tmp_path / "p.csv"
     args = images, _probabilities(outputs), classes
-    embed.write_predictions(str(path), *args, 2)
-    embed.write_predictions(None, *args, 2)
+    features.write_predictions(str(path), *args, 2)
+    features.write_predictions(None, *args, 2)
     assert capsys.readouterr().out == path.read_text()
     header, *rows = csv.reader(path.read_text().splitlines())
     assert header == [
@@ -130,7 +130,7 @@ def test_predictions_as_csv(images, outputs, tmp_path, capsys):
 
 def test_predictions_as_npz(images, outputs, tmp_path):
     path = str(tmp_path / "p.npz")
-    embed.write_predictions(
+    features.write_predictions(
         path, images, _probabilities(outputs), ["a", "b", "c"], 9
     )
     with np.load(path) as found:
@@ -142,9 +142,11 @@ def test_predictions_as_npz(images, outputs, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\.npz or \.parquet"):
-        embed.check_output("e.csv", embed.EMBEDDING_FORMATS)
-    embed.check_output(str(tmp_path / "new/e.npz"), embed.EMBEDDING_FORMATS)
+        features.check_output("e.csv", features.EMBEDDING_FORMATS)
+    features.check_output(
+        str(tmp_path / "new/e.npz"), features.EMBEDDING_FORMATS
+    )
     assert (tmp_path / "new").is_dir()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install"):
-        embed.check_output("e.parquet", embed.EMBEDDING_FORMATS)
+        features.check_output("e.parquet", features.EMBEDDING_FORMATS)

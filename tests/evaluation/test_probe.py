@@ -147,7 +147,7 @@ def test_a_second_probe_computes_nothing(splits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(features, "compute_outputs", counted)
     monkeypatch.setattr(
-        probe, "linear_predictions", lambda *_: pytest.fail("fitted again")
+        probe, "_fit_linear", lambda *_: pytest.fail("fitted again")
     )
     second = measure(_encoder(), *splits)
     assert not computed
@@ -206,15 +206,15 @@ def test_a_network_is_known_by_what_it_computes(splits):
         layer = keras.layers.Conv2D(4, 3, strides, kernel_initializer=ones)
         network = keras.Model(images, layer(images))
         layer.kernel.assign(scale * layer.kernel)
-        return features.fingerprint(network)
+        return features.network_fingerprint(network)
 
     # Keras calls the second layer conv2d_1.
     assert built() == built()
     assert built() != built(scale=2.0)
     assert built() != built(strides=1)
-    assert features.fingerprint(splits[0]) != features.fingerprint(splits[1])
+    assert splits[0].fingerprint() != splits[1].fingerprint()
     part = data.subset(splits[0], range(100))
-    assert features.fingerprint(part) != features.fingerprint(splits[0])
+    assert part.fingerprint() != splits[0].fingerprint()
 
 
 def test_test_labels_choose_nothing(splits):

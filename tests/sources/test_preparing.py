@@ -22,8 +22,8 @@ from tensorflow_datasets.core import units
 from tensorflow_datasets.core.download import checksums, downloader
 
 import data
-from contrastive.sources import labelled, preparing
-from contrastive.training import trainer
+from contrastive.sources import tfds_sets
+from contrastive.training import loop
 from tests.support import program
 
 _CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -194,8 +194,8 @@ def test_imagenet_with_hidden_test_labels_is_evaluated_on_validation(
     ) in log
     train = data.load("imagenet2012", data_dir=str(imagenet))
     assert train.num_examples == 12
-    names = labelled.names_of(train)
-    labels = [train.class_names[label] for label in labelled.labels_of(train)]
+    names = train.names()
+    labels = [train.class_names[label] for label in train.labels()]
     assert [name.split("_")[0] for name in names] == labels
     stream = data.eval_stream(train, batch_size=12, image_size=32)
     assert next(stream.as_numpy_iterator())["weight"].sum() == 12
@@ -205,7 +205,7 @@ def test_split_with_hidden_labels_is_refused_before_training(
     imagenet, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        trainer, "train", lambda *_: pytest.fail("training started")
+        loop, "train", lambda *_: pytest.fail("training started")
     )
     code = program.main(
         *_SMALL,
@@ -252,7 +252,7 @@ def test_imagenet_without_test_archive_has_two_splits(tmp_path):
 def test_progress_is_logged_where_there_is_no_terminal(
     serve, tmp_path, log, monkeypatch
 ):
-    monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(tfds_sets, "_SECONDS_BETWEEN_LINES", 0.01)
     archive, _ = _cifar10(100)
     serve("cifar10", {_CIFAR10_URL: archive})
     # The archive and what is in it; 600 images of 3 kB each.
@@ -281,7 +281,7 @@ def test_bars_are_shown_on_a_terminal(serve, tmp_path, log, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_LINES", 0.02)
+    monkeypatch.setattr(tfds_sets, "_SECONDS_BETWEEN_LINES", 0.02)
     archive, _ = _cifar10(10)
     serve("cifar10", {_CIFAR10_URL: archive})
     data.load("cifar10", data_dir=str(tmp_path))

@@ -73,6 +73,25 @@ def map_tree(function, tree):
     return function(tree)
 
 
+def pretrain(network, devices=0):
+    """Returns the content of a checkpoint of DeepMind's programs."""
+    parameters, state = haiku_trees(network)
+    if devices:
+        trees = [
+            map_tree(lambda x: np.repeat(x[np.newaxis], devices, 0), tree)
+            for tree in (parameters, state)
+        ]
+        parameters, state = trees
+    return {
+        "experiment_state": {
+            "online_params": parameters,
+            "online_state": state,
+        },
+        "step": 300_000,
+        "rng": np.zeros(2, np.uint32),
+    }
+
+
 @contextlib.contextmanager
 def modules(**functions):
     """Lets `pickle` name functions of modules that are not installed.

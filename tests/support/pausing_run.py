@@ -14,22 +14,22 @@ import time
 from absl import app
 
 import run
-from contrastive.weights import checkpoint
+from contrastive.training import checkpoints
 
 _received = []
 
 
 def main():
     step_to_pause_at = int(sys.argv.pop(1))
-    save = checkpoint.TrainingCheckpoints.save
+    save = checkpoints.TrainingCheckpoints.save
 
     def save_and_pause(self, step):
         save(self, step)
         if step == step_to_pause_at:
             _pause()
 
-    checkpoint.TrainingCheckpoints.save = save_and_pause
-    app.run(run.main)
+    checkpoints.TrainingCheckpoints.save = save_and_pause
+    app.run(run.main, flags_parser=run.parse_flags)
 
 
 def _pause():

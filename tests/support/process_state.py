@@ -13,13 +13,13 @@ import sys
 
 import keras
 import tensorflow as tf
-from absl import flags
-from absl import logging as absl_logging
+from absl import flags, logging as absl_logging
 from tensorflow.python.eager import context
 from tensorflow.python.framework import config
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from contrastive.weights import checkpoint
+from contrastive.devices import strategies
+from contrastive.weights import tensor_files
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 _LOGGERS = ("", "absl", "tensorflow")
@@ -45,6 +45,7 @@ def snapshot():
         "floatx": keras.config.floatx(),
         "image data format": keras.config.image_data_format(),
         "strategy": tf.distribute.has_strategy(),
+        "strategies made": tuple(strategies._made),
         "progress bars of TFDS": tqdm_utils._active,
         "flags": {
             name: flags.FLAGS[name].value
@@ -83,7 +84,7 @@ def restore(state):
         for name in _differing(state):
             if name in _RESTORERS:
                 _RESTORERS[name](state[name])
-    checkpoint.forget_published()
+    tensor_files.forget()
     # Draws that no test has seeded are the same in whatever order tests run.
     keras.utils.set_random_seed(0)
     return _differing(state)
@@ -110,6 +111,10 @@ def _restore_determinism(is_on):
         tf.config.experimental.enable_op_determinism()
     else:
         config.disable_op_determinism()
+
+
+def _restore_strategies_made(names):
+    strategies._made[:] = names
 
 
 def _restore_flags(given):
@@ -167,6 +172,7 @@ _RESTORERS = {
     "dtype policy": keras.config.set_dtype_policy,
     "floatx": keras.config.set_floatx,
     "image data format": keras.config.set_image_data_format,
+    "strategies made": _restore_strategies_made,
     "progress bars of TFDS": tqdm_utils.display_progress_bar,
     "flags": _restore_flags,
     "environment": _restore_environment,

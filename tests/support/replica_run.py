@@ -3,13 +3,14 @@
 
     python replica_run.py NUM_REPLICAS OUT.npz OBJECTIVE:OPTIMIZER ...
 
-With TF_CONFIG, as one of several workers. Of every objective it stores what
-`selftest.trace` sees.
+With TF_CONFIG, as one of several workers. For every objective it stores what
+`tracing.trace` returns.
 """
 
 import dataclasses
 import os
 import sys
+from unittest import mock
 
 import keras
 import numpy as np
@@ -17,13 +18,17 @@ import numpy as np
 import data
 import data_util
 import model
+import objective as objective_lib
 import resnet
-from contrastive.commands import selftest
-from contrastive.config import methods
-from contrastive.devices import devices
-from contrastive.training import trainer
+from contrastive.config.fields import fields_of
+from contrastive.devices import strategies
+from contrastive.evaluation import classifier
+from contrastive.training import tracing
+from contrastive.training.config import TrainConfig
+from contrastive.training.state import TrainState
 
-_BATCH_SIZE = 16
+BATCH_SIZE = 16
+_NUM_IMAGES = 40
 _STEPS = 3
 
 
@@ -42,19 +47,14 @@ def small_encoder(architecture, **_):
 
 
 def architecture(objective):
-    method = methods.METHODS[objective]
+    """Returns a small architecture that suits an objective by its name."""
+    cls = objective_lib.OBJECTIVES[objective]
     heads = {}
-    if method.multi_view:
-        heads = {
-            "proj_head_mode": "mlp",
-            "proj_hidden_dim": (16,),
-            "predictor": True,
-            "target_network": True,
-        }
-    if objective == "semppl":
-        heads["queue_shape"] = (2, 2 * _BATCH_SIZE)
+    if cls.defaults.get("proj_head_mode") == "mlp":
+        heads |= {"proj_head_mode": "mlp", "proj_hidden_dim": (16,)}
+    if cls.multi_view:
+        heads |= {"predictor": True, "target_network": True}
     if objective == "siglip":
-        heads["learnable_temperature"] = True
         heads["target_bn"] = "average"
     return model.Architecture(
         **{
@@ -81,35 +81,35 @@ def architecture(objective):
     )
 
 
-def config(objective, optimizer):
-    method = methods.METHODS[objective]
-    values = {"rpc_marginal_norm": "global", **method.defaults}
-    if values.get("num_negatives"):
+def make_objective(name, **hyperparameters):
+    """Returns an objective with few negatives and a short queue."""
+    cls = objective_lib.OBJECTIVES[name]
+    defaults = {k: item.default for k, item in fields_of(cls).items()}
+    values = {}
+    if defaults.get("num_negatives"):
         values["num_negatives"] = 3
+    if "queue_size" in defaults:
+        values["queue_size"] = 2 * BATCH_SIZE
+    return cls(**(values | hyperparameters))
+
+
+def config(objective, optimizer):
+    """Returns the configuration of a run of an objective by its name."""
     view = data_util.simclr_augmentation(16, strength=0.5)
     small = ()
-    if values.get("num_small_views"):
+    if objective_lib.OBJECTIVES[objective].defaults.get("num_small_views"):
         small = (data_util.simclr_augmentation(8, strength=0.5),)
-    labelled = np.zeros(40, bool)
-    labelled[::3] = True
-    return trainer.TrainConfig(
+    return TrainConfig(
         train_mode="pretrain",
-        objective=objective,
-        hyperparameters={
-            argument: values[flag]
-            for argument, flag in method.arguments.items()
-        },
-        gradient_penalty_weight=values.get("gradient_penalty_weight", 0.0),
+        objective=make_objective(objective),
         views=(view, view, *small),
         num_large_views=2,
         target_decay=0.5,
-        num_semantic_positives=values.get("num_semantic_positives", 0),
         num_classes=16,
-        labelled=labelled,
-        batch_size=_BATCH_SIZE,
+        batch_size=BATCH_SIZE,
         # In two parts where nothing else is particular.
         accumulate_steps=2 if objective == "js" else 1,
-        num_examples=40,
+        num_examples=_NUM_IMAGES,
         train_steps=100,
         warmup_steps=0,
         peak_learning_rate=1e-4,
@@ -128,15 +128,34 @@ def config(objective, optimizer):
     )
 
 
+def labelled():
+    """Returns which images have a label that may be used: every third."""
+    mask = np.zeros(_NUM_IMAGES, bool)
+    mask[::3] = True
+    return mask
+
+
 def few_photo_patches():
     """Real textures: in flat colours, whole areas cross a ReLU's kink."""
     patches = data.load("photo_patches", "train")
     source = patches.source
     return dataclasses.replace(
         patches,
-        source=data.Arrays(source.images[:40], source.labels[:40]),
-        num_examples=40,
+        source=data.Arrays(
+            source.images[:_NUM_IMAGES], source.labels[:_NUM_IMAGES]
+        ),
+        num_examples=_NUM_IMAGES,
     )
+
+
+def build_networks(objective, *, is_real=False):
+    """Builds an objective's networks, on a small encoder or a real one."""
+    keras.utils.set_random_seed(0)
+    fields = architecture(objective)
+    if not is_real:
+        fields = dataclasses.replace(fields, encoder="small")
+    with mock.patch.dict(model.ENCODERS, small=small_encoder):
+        return model.build_networks(fields, rematerialize=is_real)
 
 
 def predictions(networks, dataset, strategy):
@@ -144,47 +163,48 @@ def predictions(networks, dataset, strategy):
     stream = strategy.distribute_datasets_from_function(
         lambda context: data.eval_stream(
             dataset,
-            batch_size=_BATCH_SIZE,
+            batch_size=BATCH_SIZE,
             num_replicas=context.num_replicas_in_sync,
         )
     )
-    return trainer.evaluate(networks, stream, 32, strategy, None)[1]
+    return classifier.evaluate(networks, stream, 32, strategy, None)[1]
+
+
+def trace(case, networks, dataset, strategy):
+    """Trains the steps of a case, and returns what they computed."""
+    run = config(*case.split(":"))
+    with strategy.scope():
+        state = TrainState.create(run, networks, labelled=labelled())
+    stream = strategy.distribute_datasets_from_function(
+        lambda context: data.train_stream(
+            dataset,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            views=run.views,
+            num_replicas=context.num_replicas_in_sync,
+            pipeline_index=context.input_pipeline_id,
+            num_pipelines=context.num_input_pipelines,
+        )
+    )
+    return tracing.trace(run, state, strategy, stream, _STEPS)
 
 
 def main(num_replicas, out_path, cases):
     several = "multi_worker" if "TF_CONFIG" in os.environ else "mirrored"
-    strategy = devices.make_strategy(
+    strategy = strategies.make_strategy(
         several if num_replicas > 1 else "one_device",
         cpu_replicas=num_replicas,
     )
     assert strategy.num_replicas_in_sync == num_replicas
     dataset, out = few_photo_patches(), {}
-    build_encoder = model.build_encoder
     for case in cases:
-        objective, optimizer = case.split(":")
-        keras.utils.set_random_seed(0)
         # One with the real encoder, under either number of replicas.
         is_real = case == "simclr:momentum"
-        model.build_encoder = build_encoder if is_real else small_encoder
         with strategy.scope():
-            networks = model.build_networks(
-                architecture(objective), remat=is_real
-            )
+            networks = build_networks(case.split(":")[0], is_real=is_real)
         if is_real:
             out["predictions"] = predictions(networks, dataset, strategy)
-        run = config(objective, optimizer)
-        stream = strategy.distribute_datasets_from_function(
-            lambda context, run=run: data.train_stream(
-                dataset,
-                batch_size=run.batch_size,
-                seed=run.seed,
-                views=run.views,
-                num_replicas=context.num_replicas_in_sync,
-                pipeline_index=context.input_pipeline_id,
-                num_pipelines=context.num_input_pipelines,
-            )
-        )
-        seen = selftest.trace(run, networks, strategy, stream, _STEPS)
+        seen = trace(case, networks, dataset, strategy)
         out |= {f"{case}|{key}": value for key, value in seen.items()}
     np.savez(out_path, **out)
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from absl import flags
-from absl import logging as absl_logging
+from absl import flags, logging as absl_logging
 
 import run
+from contrastive.commands import session
+from contrastive.devices import strategies
 from tests.support import process_state
 
 
@@ -37,6 +38,7 @@ _CHANGES = {
         "channels_first"
     ),
     "progress bars of TFDS": lambda: tfds.display_progress_bar(False),
+    "strategies made": lambda: strategies._made.append("tpu"),
     "flags": lambda: flags.FLAGS(["run.py", "--seed=5"]),
     "environment": lambda: os.environ.update(A_VARIABLE_OF_A_TEST="1"),
     "working directory": lambda: os.chdir("/"),
@@ -84,10 +86,15 @@ def test_restore_after_a_run_returns_to_the_snapshot():
     """The program changes the log, the seeds and TensorFlow's numerics."""
     before = process_state.snapshot()
     flags.FLAGS(["run.py", "--dataset=photo_patches", "--mixed_precision"])
-    run.experiment.Run(*run.resolve_flags())
-    run._set_up_log()
+    session.open_session(run.resolve_flags())
+    run.set_up_log()
     changed = process_state.snapshot()
     differing = {name for name in before if before[name] != changed[name]}
-    assert {"op determinism", "dtype policy", "log format"} <= differing
+    assert {
+        "op determinism",
+        "dtype policy",
+        "log format",
+        "strategies made",
+    } <= differing
     assert process_state.restore(before) == []
     assert process_state.snapshot() == before

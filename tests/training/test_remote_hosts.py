@@ -7,7 +7,7 @@ from PIL import Image
 from tests.support import processes
 
 
-def test_other_hosts_read_their_part_of_the_data(tmp_path):
+def test_streams_on_other_hosts_read_their_part_of_the_data(tmp_path):
     """And say here what they could not read."""
     folder, out = tmp_path / "images", tmp_path / "out.npz"
     folder.mkdir()

@@ -4,14 +4,24 @@
 import numpy as np
 import pytest
 
+import objective
 from contrastive.commands import selftest
-from contrastive.config import methods
+from contrastive.training import tracing
 from tests.support import cluster, processes
 
-_CASES = [f"{name}:momentum" for name in methods.METHODS]
+_CASES = [f"{name}:momentum" for name in objective.OBJECTIVES]
 _CASES_OF_FOUR = ["rpc:lars", "semppl:momentum"]
 _SLOW_CASES_OF_FOUR = [
-    f"{name}:momentum" for name in ("dv", "byol", "relic", "siglip", "relicv2")
+    f"{name}:momentum"
+    for name in (
+        "dv",
+        "byol",
+        "relic",
+        "siglip",
+        "relicv2",
+        "barlow_twins",
+        "vicreg",
+    )
 ]
 
 
@@ -51,7 +61,7 @@ def slow_run(tmp_path_factory):
     return _finish(*_start(4, folder, _SLOW_CASES_OF_FOUR))
 
 
-def test_replicas_predict_as_one_device(runs):
+def test_evaluate_on_two_replicas_predicts_as_one_device(runs):
     one, two = (runs[i]["predictions"] for i in (1, 2))
     assert one.shape == (40, 3)
     np.testing.assert_array_equal(one[:, 0], np.arange(40))
@@ -68,10 +78,10 @@ def _of_case(trace, case):
 
 
 def _check_equal(several, one):
-    """Metrics, gradients, weights, statistics, queue: of step 1 to rounding.
+    """Compares metrics, gradients, weights, statistics and objectives' states.
 
-    Later steps amplify it, where a unit of the few here crosses its ReLU's
-    kink.
+    The first step agrees to rounding; later steps amplify it, where one of the
+    few units crosses the kink of its ReLU.
     """
     assert several.keys() == one.keys()
     assert len(one) > 20
@@ -83,7 +93,7 @@ def _check_equal(several, one):
             assert error <= share * np.abs(expected) + 1e-4, key
         if what == "variable" and step == "0":
             np.testing.assert_array_equal(several[key], expected, key)
-    found = selftest.agreements(one, several, tolerances=(0.005, 0.025))
+    found = tracing.agreements(one, several, tolerances=(0.005, 0.025))
     kinds = {
         "losses, step 1",
         "gradients, step 1",
@@ -92,8 +102,8 @@ def _check_equal(several, one):
         "weights, step 3",
         "BatchNorm statistics, step 3",
     }
-    if any("|queue/" in key for key in one):
-        kinds.add("queue, step 3")
+    if any("|objective_state/" in key for key in one):
+        kinds.add("objective's state, step 3")
     assert {row.what for row in found if row.holds} == kinds, selftest.table(
         found
     )
@@ -103,13 +113,13 @@ def _check_equal(several, one):
     ("num_replicas", "case"),
     [(2, case) for case in _CASES] + [(4, case) for case in _CASES_OF_FOUR],
 )
-def test_replicas_equal_one_device(runs, num_replicas, case):
+def test_trace_on_replicas_equals_one_device(runs, num_replicas, case):
     _check_equal(*(_of_case(runs[n], case) for n in (num_replicas, 1)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", _SLOW_CASES_OF_FOUR)
-def test_four_replicas_equal_one_device(runs, slow_run, case):
+def test_trace_on_four_replicas_equals_one_device(runs, slow_run, case):
     _check_equal(_of_case(slow_run, case), _of_case(runs[1], case))
 
 
@@ -123,8 +133,8 @@ def test_four_replicas_equal_one_device(runs, slow_run, case):
         ),
     ],
 )
-def test_workers_equal_one_device(runs, tmp_path, count, cases):
-    """Processes of their own, which talk over gRPC."""
+def test_trace_on_workers_equals_one_device(runs, tmp_path, count, cases):
+    """The workers are processes that communicate over gRPC."""
     started = [
         _start(count, tmp_path, cases, f"worker{i}", TF_CONFIG=config)
         for i, config in enumerate(cluster.tf_configs(count))
@@ -135,8 +145,8 @@ def test_workers_equal_one_device(runs, tmp_path, count, cases):
             _check_equal(_of_case(trace, case), _of_case(runs[1], case))
 
 
-def test_weights_moved(runs):
-    """Otherwise the comparison above would compare nothing."""
+def test_trace_of_every_objective_moves_kernels(runs):
+    """Otherwise the comparison of replicas would compare nothing."""
     for case in _CASES:
         one = _of_case(runs[1], case)
         kernels = [k for k in one if k.startswith("variable|1") and

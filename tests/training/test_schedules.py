@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of schedules.py."""
+"""Schedules of the learning rate and of the EMA decay."""
 
 import inspect
 import math
@@ -9,43 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from contrastive.training import schedules
-
-
-@pytest.mark.parametrize(
-    ("scaling", "expected"),
-    [("linear", 0.3 * 4096 / 256), ("sqrt", 0.3 * 64), ("none", 0.3)],
-)
-def test_peak_learning_rate(scaling, expected):
-    rate = schedules.scaled_learning_rate(0.3, 4096, scaling)
-    assert rate == pytest.approx(expected, rel=1e-12)
-
-
-def test_unknown_scaling_is_refused():
-    with pytest.raises(ValueError, match="Received: 'log'"):
-        schedules.scaled_learning_rate(0.3, 256, "log")
-
-
-@pytest.mark.parametrize(
-    ("num_examples", "epochs", "batch_size", "expected"),
-    [
-        (50_000, 1000, 512, 97_657),  # CIFAR-10
-        (1_281_167, 100, 4096, 31_279),  # ImageNet
-        (100, 1, 10, 11),  # one more than fit in, as SimCLR has it
-    ],
-)
-def test_train_steps(num_examples, epochs, batch_size, expected):
-    assert schedules.train_steps(num_examples, epochs, batch_size) == expected
-
-
-@pytest.mark.parametrize(
-    ("num_examples", "warmup_epochs", "batch_size", "expected"),
-    [(50_000, 10, 512, 976), (50_000, 0, 512, 0), (100, 0.5, 10, 5)],
-)
-def test_warmup_steps(num_examples, warmup_epochs, batch_size, expected):
-    steps = schedules.warmup_steps(num_examples, warmup_epochs, batch_size)
-    assert steps == expected
-    assert isinstance(steps, int)
+from contrastive.training import config, schedules
 
 
 @pytest.mark.parametrize(
@@ -53,7 +17,7 @@ def test_warmup_steps(num_examples, warmup_epochs, batch_size, expected):
     [(0, 0.0), (1, 0.2), (5, 1.0), (10, 2.0)]
     + [(20, 1 + math.cos(math.pi / 4)), (30, 1.0), (50, 0.0), (60, 0.0)],
 )
-def test_warmup_and_cosine(step, expected):
+def test_warmup_cosine_at_each_step_equals_its_formula(step, expected):
     schedule = schedules.WarmupCosine(2.0, warmup_steps=10, total_steps=50)
     rate = schedule(step)
     assert rate.dtype == tf.float32
@@ -61,13 +25,13 @@ def test_warmup_and_cosine(step, expected):
 
 
 @pytest.mark.parametrize("total_steps", [0, 5])
-def test_a_schedule_that_is_all_warmup(total_steps):
+def test_warmup_cosine_without_decay_steps_ends_at_the_peak(total_steps):
     schedule = schedules.WarmupCosine(3.0, total_steps, total_steps)
     np.testing.assert_allclose(schedule(total_steps), 3.0)
     assert np.isfinite(schedule(100))
 
 
-def test_without_warmup_the_peak_comes_first():
+def test_warmup_cosine_without_warmup_starts_at_the_peak():
     schedule = schedules.WarmupCosine(2.0, warmup_steps=0, total_steps=4)
     np.testing.assert_allclose(
         [schedule(step) for step in range(5)],
@@ -76,7 +40,7 @@ def test_without_warmup_the_peak_comes_first():
     )
 
 
-def test_schedules_accept_tensors_of_a_graph():
+def test_schedules_of_graph_tensors_equal_those_of_numbers():
     schedule = schedules.WarmupCosine(2.0, warmup_steps=10, total_steps=50)
 
     @tf.function
@@ -91,9 +55,9 @@ def test_schedules_accept_tensors_of_a_graph():
         )
 
 
-def test_learning_rate_is_deepminds(golden):
+def test_warmup_cosine_of_deepminds_arguments_equals_its_numbers(golden):
     arrays = golden("lars_deepmind.npz")
-    peak = schedules.scaled_learning_rate(0.3, 4096)
+    peak = config.scaled_learning_rate(0.3, 4096)
     schedule = schedules.WarmupCosine(peak, warmup_steps=100, total_steps=1000)
     np.testing.assert_allclose(
         [schedule(step) for step in arrays["sched_steps"]],
@@ -103,7 +67,7 @@ def test_learning_rate_is_deepminds(golden):
     )
 
 
-def test_ema_decay_is_deepminds(golden):
+def test_ema_decay_of_deepminds_arguments_equals_its_numbers(golden):
     arrays = golden("lars_deepmind.npz")
     np.testing.assert_allclose(
         [
@@ -116,14 +80,14 @@ def test_ema_decay_is_deepminds(golden):
     )
 
 
-def test_ema_decay_ends_at_one_and_stays():
+def test_ema_decay_after_the_last_step_is_one():
     np.testing.assert_allclose(schedules.ema_decay(0, 10, 0.9), 0.9)
     np.testing.assert_allclose(schedules.ema_decay(5, 10, 0.9), 0.95)
     assert schedules.ema_decay(10, 10, 0.9) == 1
     assert schedules.ema_decay(15, 10, 0.9) == 1
 
 
-def test_ema_decay_copies_first_and_rests_between_updates():
+def test_ema_decay_with_copies_and_pauses_is_0_and_1():
     decays = [
         float(schedules.ema_decay(step, 100, 0.9, copy_until=2, every=3))
         for step in range(7)
@@ -134,24 +98,24 @@ def test_ema_decay_copies_first_and_rests_between_updates():
         assert decays[step] == schedules.ema_decay(step, 100, 0.9)
 
 
-def test_without_decay_the_peak_is_kept():
+def test_warmup_cosine_without_decay_keeps_the_peak():
     schedule = schedules.WarmupCosine(2.0, 10, 50, decay=False)
     rates = [float(schedule(step)) for step in (0, 5, 10, 49, 50, 1000)]
     assert rates == [0, 1, 2, 2, 2, 2]
 
 
-def test_config_has_every_argument():
+def test_warmup_cosine_config_has_every_argument():
     schedule = schedules.WarmupCosine(2.0, warmup_steps=10, total_steps=50)
-    config = schedule.get_config()
-    assert set(config) == set(
+    fields = schedule.get_config()
+    assert set(fields) == set(
         inspect.signature(schedules.WarmupCosine).parameters
     )
     serialized = keras.saving.serialize_keras_object(schedule)
     copy = keras.saving.deserialize_keras_object(serialized)
-    assert copy.get_config() == config
+    assert copy.get_config() == fields
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(-1, 10), (11, 10)])
-def test_steps_out_of_range_are_refused(warmup, total):
+def test_warmup_cosine_steps_out_of_range_raise(warmup, total):
     with pytest.raises(ValueError, match=f"warmup_steps={warmup}, total_s"):
         schedules.WarmupCosine(1.0, warmup, total)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several machines train one network: here, processes that talk over gRPC."""
+"""Several machines, here processes that use gRPC, train one network."""
 
 import json
 import signal
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from contrastive.weights import checkpoint
+from contrastive.training import checkpoints
 from tests.support import cluster, processes
 
 _FLAGS = [
@@ -48,7 +48,7 @@ def _train(count, model_dir, *more):
 
 
 def _tensors(model_dir):
-    prefix = checkpoint.latest_checkpoint(str(model_dir))
+    prefix = checkpoints.latest_checkpoint(str(model_dir))
     reader = tf.train.load_checkpoint(prefix)
     return {
         name: reader.get_tensor(name)
@@ -59,7 +59,7 @@ def _tensors(model_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_workers_train_what_one_machine_trains(count, tmp_path):
+def test_train_on_workers_ends_as_on_one_machine(count, tmp_path):
     flags = ["--train_steps=4", "--mode=train_then_eval"]
     _train(1, tmp_path / "one", *flags)
     _train(count, tmp_path / "several", *flags)
@@ -84,8 +84,8 @@ def test_workers_train_what_one_machine_trains(count, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_of_them_writes(tmp_path):
-    """Directories of their own show who writes; they do not work twice."""
+def test_train_on_workers_only_the_chief_writes(tmp_path):
+    """Each has its own directory here, from which they cannot resume."""
     folders = [tmp_path / str(i) for i in range(2)]
 
     def train(steps, code):
@@ -100,14 +100,14 @@ def test_one_of_them_writes(tmp_path):
     train(2, code=0)
     assert (folders[0] / "run.json").exists()
     assert not folders[1].exists() or not list(folders[1].iterdir())
-    # The second goes on from nothing, the first from step 2.
+    # The second starts from nothing, the first resumes from step 2.
     for log in train(4, code=2):
         assert "different steps, [0, 2]: --model_dir must be" in log
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
+def test_train_after_a_killed_worker_resumes_the_same_bits(victim, tmp_path):
     flags = ["--train_steps=100", "--checkpoint_steps=10"]
     _train(2, tmp_path / "whole", *flags)
     killed = tmp_path / "killed"
@@ -119,7 +119,7 @@ def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
     started[victim].send(signal.SIGKILL)
     started[victim].finish(-signal.SIGKILL)
     log = started[1 - victim].finish(_LOST).stderr
-    assert "goes on from the last checkpoint" in log
+    assert "resumes from the last checkpoint" in log
     _train(2, killed, *flags)
     whole, resumed = _tensors(tmp_path / "whole"), _tensors(killed)
     for name, value in whole.items():
@@ -127,7 +127,7 @@ def test_a_killed_worker_ends_all_and_all_go_on(victim, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_told_to_stop_stops_all(tmp_path):
+def test_train_after_a_signal_to_one_worker_stops_all(tmp_path):
     flags = ["--train_steps=100000", "--checkpoint_steps=20"]
     started = [_start(c, tmp_path, *flags) for c in cluster.tf_configs(2)]
     started[1].wait_until((tmp_path / "ckpt-20.index").exists)
@@ -136,7 +136,7 @@ def test_one_told_to_stop_stops_all(tmp_path):
         assert "Interrupted. Saved at step" in log
 
 
-def test_replicas_go_on_from_a_checkpoint(tmp_path):
+def test_train_on_replicas_resumed_ends_with_the_same_bits(tmp_path):
     flags = [
         "--cpu_replicas=2",
         "--learning_rate_schedule=constant",
@@ -159,11 +159,11 @@ def test_replicas_go_on_from_a_checkpoint(tmp_path):
         np.testing.assert_array_equal(parts[name], value, name)
 
 
-def test_what_one_machine_does_is_not_for_several(tmp_path):
+def test_probe_on_workers_is_refused(tmp_path):
     process = _start(
         cluster.tf_configs(2)[0],
         tmp_path,
         "--mode=probe",
         f"--checkpoint={tmp_path}",
     )
-    assert "--mode=probe is of one" in process.finish(2).stderr
+    assert "--mode=probe runs on one" in process.finish(2).stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pickles and torch files are data: none runs, none takes the memory."""
+"""Pickles and torch files are read as data, in limited memory."""
 
 import copyreg
 import os
@@ -32,7 +32,7 @@ def _read(tmp_path, content):
 # --- what is data
 
 
-def test_arrays_come_by_their_place(tmp_path):
+def test_read_pickle_returns_arrays_by_place(tmp_path):
     arrays = {
         "a": [np.arange(6.0).reshape(2, 3), (np.float32(7), "text", None)],
         "b": {1: np.asfortranarray(np.ones((2, 3), np.int16)), "c": b"x"},
@@ -61,7 +61,7 @@ def _torch_state():
     }
 
 
-def test_torch_files(tmp_path):
+def test_read_torch_returns_arrays_by_name(tmp_path):
     path = str(tmp_path / "file.pth")
     state = _torch_state()
     foreign.write_torch(path, {"model": state})
@@ -72,13 +72,13 @@ def test_torch_files(tmp_path):
         assert found[f"model/{name}"].dtype == array.dtype
 
 
-def test_the_format_before_torch_1_6_is_named(tmp_path):
+def test_read_pickle_torch_before_1_6_is_named(tmp_path):
     legacy = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
     with pytest.raises(ValueError, match=r"before version 1\.6"):
         _read(tmp_path, legacy)
 
 
-def test_a_missing_file_is_an_os_error(tmp_path):
+def test_read_missing_file_raises_os_error(tmp_path):
     for read in (unpickling.read_pickle, unpickling.read_torch):
         with pytest.raises(FileNotFoundError):
             read(str(tmp_path / "nowhere"))
@@ -144,7 +144,7 @@ _HOSTILE = {
 
 
 @pytest.mark.parametrize("way", _HOSTILE)
-def test_nothing_is_executed(tmp_path, monkeypatch, way):
+def test_read_hostile_pickle_executes_nothing(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     copyreg.add_extension("posix", "system", _EXTENSION)
     try:
@@ -160,7 +160,7 @@ def test_nothing_is_executed(tmp_path, monkeypatch, way):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_refused_name_is_said(tmp_path):
+def test_read_pickle_refused_name_is_in_error(tmp_path):
     with pytest.raises(ValueError, match=r"'posix\.system'.*not one of"):
         _read(tmp_path, _HOSTILE["REDUCE"])
 
@@ -188,7 +188,7 @@ def _small(array):
 
 
 @pytest.mark.parametrize("kind", ["protocol 2", "protocol 5", "torch"])
-def test_damage_ends_in_one_kind_of_error(tmp_path, kind):
+def test_read_damaged_file_raises_value_error(tmp_path, kind):
     path = str(tmp_path / "file")
     if kind == "torch":
         foreign.write_torch(path, _torch_state())
@@ -215,7 +215,7 @@ def test_damage_ends_in_one_kind_of_error(tmp_path, kind):
     assert peak < 32 * _MIB
 
 
-def test_damaged_checkpoints_are_no_encoders(tmp_path):
+def test_identify_damaged_checkpoint_raises_value_error(tmp_path):
     content = (foreign.GOLDEN / "tiny_pretrain.pkl").read_bytes()
     for damaged in _damaged(content, 30):
         path = _write(tmp_path, damaged)
@@ -274,7 +274,7 @@ _BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", _BOMBS)
-def test_declared_sizes_take_no_memory(tmp_path, bomb):
+def test_read_pickle_declared_sizes_take_no_memory(tmp_path, bomb):
     path = _write(tmp_path, _BOMBS[bomb])
     tracemalloc.start()
     with pytest.raises(ValueError, match="Cannot read"):
@@ -329,7 +329,7 @@ def _move(entries, root):
         lambda entries: _move(entries, "/etc/"),
     ],
 )
-def test_zip_files_that_are_not_torchs_are_refused(tmp_path, change):
+def test_read_torch_other_zip_file_raises(tmp_path, change):
     path = str(tmp_path / "file.pth")
     foreign.write_torch(path, _torch_state())
     unpickling.read_torch(path)
@@ -339,7 +339,7 @@ def test_zip_files_that_are_not_torchs_are_refused(tmp_path, change):
     assert {p.name for p in tmp_path.iterdir()} == {"file.pth"}
 
 
-def test_a_compressed_bomb_is_refused_unread(tmp_path):
+def test_read_torch_compressed_file_is_not_read(tmp_path):
     path = str(tmp_path / "file.pth")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * 64 * _MIB)
@@ -350,7 +350,7 @@ def test_a_compressed_bomb_is_refused_unread(tmp_path):
     tracemalloc.stop()
 
 
-def test_entries_that_overlap_are_refused(tmp_path):
+def test_read_torch_overlapping_entries_raises(tmp_path):
     path = tmp_path / "file.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", b"\0" * _MIB)
@@ -376,13 +376,13 @@ def test_entries_that_overlap_are_refused(tmp_path):
         ((4, 4), (1,), 0),
     ],
 )
-def test_tensors_stay_within_their_storage(sizes, strides, offset):
+def test_tensor_outside_its_storage_raises(sizes, strides, offset):
     storage = np.arange(24.0)
     with pytest.raises(ValueError, match="tensor|argument"):
         unpickling._tensor(storage, offset, sizes, strides)
 
 
-def test_a_tensor_is_a_view_by_its_strides():
+def test_tensor_is_a_view_by_its_strides():
     storage = np.arange(24.0)
     tensor = unpickling._tensor(storage, 2, (3, 4), (1, 3), False, {})
     np.testing.assert_array_equal(tensor.value, storage[2:14].reshape(4, 3).T)
