@@ -67,7 +67,8 @@ class TrainState:
                 embedding_dim=networks.embedding_dim,
             )
             state = config.objective.build_state(training)
-        resnet.freeze(networks.encoder, config.fine_tune_after_block)
+        if config.fine_tune_after_block >= 0:
+            resnet.freeze(networks.encoder, config.fine_tune_after_block)
         if not config.pretrains and config.fine_tune_after_block == 4:
             networks.projection_to_classifier.trainable = False
         optimizers = build_optimizers(
