@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dataset name or a folder in, resumable streams of uint8 batches out.
 
-What stands at a position of a stream depends on the seed and the epoch alone
-(see `contrastive/sources/order.py`), so resuming at a step is arithmetic, and
-1, 2 or 4 replicas see the same global batches.
+What stands at a position of a stream depends on the seed and the epoch alone (see
+`contrastive/sources/order.py`), so resuming at a step is arithmetic, and 1, 2 or 4 replicas see the
+same global batches.
 """
 
 import dataclasses
@@ -40,34 +40,31 @@ def load(
 
             - "photo_patches", built in: see `sources/photo_patches.py`;
             - a TFDS name, e.g. "cifar10" or "imagenet2012_subset/1pct";
-            - a folder, with a separator in its name, also in a bucket: a
-              prepared TFDS folder, or JPEG, PNG, BMP and GIF images as
-              `class/image`, `split/class/image`, or without labels as `image`
-              or `split/image`;
-            - "path.npz", also in a bucket: uint8 `images [N, H, W, C]` and
-              optional integer `labels [N]`, -1 for none; `images_test` and the
-              optional `labels_test` are split "test", the others "train".
+            - a folder, with a separator in its name, also in a bucket: a prepared TFDS folder, or
+              JPEG, PNG, BMP and GIF images as `class/image`, `split/class/image`, or without labels
+              as `image` or `split/image`;
+            - "path.npz", also in a bucket: uint8 `images [N, H, W, C]` and optional integer `labels
+              [N]`, -1 for none; `images_test` and the optional `labels_test` are split "test", the
+              others "train".
 
-            Without test images or split folders, a tenth, chosen by a hash of
-            index or path, is "test", the rest "train".
-        split: a split, or an expression of TFDS: "train[:90%]", "train+test";
-            "all" is every split, of a folder in the order of the paths.
+            Without test images or split folders, a tenth, chosen by a hash of index or path, is
+            "test", the rest "train".
+        split: a split, or an expression of TFDS: "train[:90%]", "train+test"; "all" is every split,
+            of a folder in the order of the paths.
         data_dir: where TFDS keeps its datasets; its own default if None.
-        channels: channels to decode: 1, 3 or 4; the dataset's own if None
-            (3 for a folder).
-        memory_limit: bytes. Images of one size, at most 128 pixels a side,
-            that fit in it are decoded now and held in memory.
-        mask_dir: folder of masks, for the removal of backgrounds: PNG, of
-            which 128 and more is foreground, named as in `sources/masks.py`.
-            Images without a mask, or with an implausible one, stay whole. For
-            a file that is no PNG, TensorFlow raises an error if images are in
-            memory; else the image counts as one that does not decode.
+        channels: channels to decode: 1, 3 or 4; the dataset's own if None (3 for a folder).
+        memory_limit: bytes. Images of one size, at most 128 pixels a side, that fit in it are
+            decoded now and held in memory.
+        mask_dir: folder of masks, for the removal of backgrounds: PNG, of which 128 and more is
+            foreground, named as in `sources/masks.py`. Images without a mask, or with an
+            implausible one, stay whole. For a file that is no PNG, TensorFlow raises an error if
+            images are in memory; else the image counts as one that does not decode.
         saliency: name in `masks.ESTIMATORS`, which estimates masks.
 
     Raises:
         NoSuchSplit: a ValueError, if the split does not exist or is empty.
-        ValueError: if there is no such dataset, folder, image, estimator or
-            mask, or it cannot be reached, prepared or decoded to `channels`.
+        ValueError: if there is no such dataset, folder, image, estimator or mask, or it cannot be
+            reached, prepared or decoded to `channels`.
     """
     request = Request(name, split, data_dir, channels, memory_limit)
     dataset = openers.opener_of(request).load(request)
@@ -85,14 +82,12 @@ def outline(
 ) -> Dataset:
     """Opens a split as far as it is here, for the shapes of its batches.
 
-    Nothing is downloaded: folders and archives that can be reached are opened
-    as `load` does it; of TFDS datasets, features and, where they have been
-    prepared, sizes are known; all else is taken from ImageNet. The arguments
-    are as for `load`.
+    Nothing is downloaded: folders and archives that can be reached are opened as `load` does it; of
+    TFDS datasets, features and, where they have been prepared, sizes are known; all else is taken
+    from ImageNet. The arguments are as for `load`.
 
     Raises:
-        ValueError: if there is no TFDS dataset of this name, or what is here
-            cannot be opened.
+        ValueError: if there is no TFDS dataset of this name, or what is here cannot be opened.
     """
     request = Request(name, split, data_dir, channels)
     try:
@@ -131,8 +126,8 @@ def describe(dataset: Dataset) -> str:
 def undecodable_images_message(error: Exception) -> str | None:
     """Finds the message of `UndecodableImages` in TensorFlow's error, or None.
 
-    Of an exception of a Python function in a stream, TensorFlow makes an error
-    whose text has the name of the class, the message and a traceback.
+    Of an exception of a Python function in a stream, TensorFlow makes an error whose text has the
+    name of the class, the message and a traceback.
     """
     text = getattr(error, "message", "")
     found = re.search(r"\bUndecodableImages: (.+)", text)
@@ -186,39 +181,36 @@ def train_stream(
 ) -> tf.data.Dataset:
     """Yields shuffled batches of one replica, epoch after epoch.
 
-    For `strategy.distribute_datasets_from_function`. Epochs follow each other
-    without a gap: a batch may span two. Each epoch is one permutation of the
-    examples, seeded by (seed, epoch); of TFRecords, a permutation of the
-    shards, and of the examples within each group of shards. Every host reads
-    all TFRecords, in the same order, but decodes only its own rows.
+    For `strategy.distribute_datasets_from_function`. Epochs follow each other without a gap: a
+    batch may span two. Each epoch is one permutation of the examples, seeded by (seed, epoch); of
+    TFRecords, a permutation of the shards, and of the examples within each group of shards. Every
+    host reads all TFRecords, in the same order, but decodes only its own rows.
 
-    `batch_size`, at most `num_examples`, is global, `num_replicas` counts all
-    hosts' replicas, and `pipeline_index` is this host's of `num_pipelines`. A
-    resumed run starts at `first_step`; without `num_steps`, a stream is
-    endless. `seed` is that of the order and of the crops, of which one is cut
-    for each of the `views` where the dataset is encoded. Of `labelled_ids`,
-    every global batch holds `labelled_per_batch`, evenly spread over its rows;
-    they and the other examples are shuffled, and have epochs, separately.
+    `batch_size`, at most `num_examples`, is global, `num_replicas` counts all hosts' replicas, and
+    `pipeline_index` is this host's of `num_pipelines`. A resumed run starts at `first_step`;
+    without `num_steps`, a stream is endless. `seed` is that of the order and of the crops, of which
+    one is cut for each of the `views` where the dataset is encoded. Of `labelled_ids`, every global
+    batch holds `labelled_per_batch`, evenly spread over its rows; they and the other examples are
+    shuffled, and have epochs, separately.
 
     Returns:
         Dictionaries, with `b = batch_size / num_replicas`, of
 
         - `id` int64, `epoch` int32, `label` int32 `[b]` (-1: none);
         - `weight` float32 `[b]`: 0 for an image that did not decode, else 1;
-        - `image` uint8 `[b, H, W, C]`, whole; or, where the dataset is
-          encoded, `crops` uint8 `[b, V, S, S, C]`, or a tuple of
+        - `image` uint8 `[b, H, W, C]`, whole; or, where the dataset is encoded, `crops` uint8 `[b,
+          V, S, S, C]`, or a tuple of
           `[b, S, S, C]` where the views differ in size;
-        - `mask` uint8 `[b, H, W]`, 0 for background, beside `image`, if some
-          view has a `mask_probability`. Crops have lost their background.
+        - `mask` uint8 `[b, H, W]`, 0 for background, beside `image`, if some view has a
+          `mask_probability`. Crops have lost their background.
 
-        Element `j` belongs to replica `j % R` of step `first_step + j // R`,
-        of the `R` replicas of this host.
+        Element `j` belongs to replica `j % R` of step `first_step + j // R`, of the `R` replicas of
+        this host.
 
     Raises:
-        ValueError: if the batch does not divide among the replicas; if it, or
-            its labelled part, exceeds the examples; if an encoded dataset is
-            given no views, or a view is to be masked and the dataset has no
-            masks; if labelled examples are asked for of TFRecords.
+        ValueError: if the batch does not divide among the replicas; if it, or its labelled part,
+            exceeds the examples; if an encoded dataset is given no views, or a view is to be masked
+            and the dataset has no masks; if labelled examples are asked for of TFRecords.
     """
     if batch_size > dataset.num_examples:
         raise ValueError(
@@ -246,8 +238,8 @@ def train_stream(
     stream = _stream(dataset, plan, crop, is_masked)
     if num_steps is not None:
         return stream
-    # Otherwise, several hosts ask each other at every step whether it ends,
-    # and do not know the size of a batch.
+    # Otherwise, several hosts ask each other at every step whether it ends, and do not know the
+    # size of a batch.
     endless = tf.data.INFINITE_CARDINALITY
     return stream.apply(tf.data.experimental.assert_cardinality(endless))
 
@@ -315,19 +307,17 @@ def eval_stream(
 ) -> tf.data.Dataset:
     """Yields every example once, in order, in batches of one replica.
 
-    The arguments are as for `train_stream`, but the batch may exceed the
-    dataset. An encoded image is cropped at its centre: `image_size` is the
-    side of the crop in pixels, and `crop_proportion`, in (0, 1], the share of
-    the shorter side that it covers.
+    The arguments are as for `train_stream`, but the batch may exceed the dataset. An encoded image
+    is cropped at its centre: `image_size` is the side of the crop in pixels, and `crop_proportion`,
+    in (0, 1], the share of the shorter side that it covers.
 
     Returns:
-        Dictionaries as those of `train_stream`, always with `image`, equally
-        many on every host. Padding of the last step has weight 0, and -1 for
-        id, epoch and label.
+        Dictionaries as those of `train_stream`, always with `image`, equally many on every host.
+        Padding of the last step has weight 0, and -1 for id, epoch and label.
 
     Raises:
-        ValueError: if the batch does not divide among the replicas, or an
-            encoded dataset is given no image size.
+        ValueError: if the batch does not divide among the replicas, or an encoded dataset is given
+            no image size.
     """
     if dataset.is_encoded and not image_size:
         raise ValueError(
@@ -352,8 +342,8 @@ def _stream(
     is_masked: bool,
 ) -> tf.data.Dataset:
     """Yields the batches of `plan`; `crop` is as for `decoded_rows`."""
-    # Streams hold the data by reference, on the host whatever the device of
-    # the caller: only the batches travel.
+    # Streams hold the data by reference, on the host whatever the device of the caller: only the
+    # batches travel.
     with tf.device("CPU:0"):
         if not dataset.is_encoded:
             held = dataset.masks if is_masked else None

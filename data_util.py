@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image operations: random numbers, crops, augmentation of whole batches.
 
-Shapes are static, and no image has a branch of its own. Encoded files are
-decoded and cropped in `contrastive/sources/decoding.py`.
+Shapes are static, and no image has a branch of its own. Encoded files are decoded and cropped in
+`contrastive/sources/decoding.py`.
 
-Every random number is a hash of a key, which names (seed, epoch, example,
-view), and of the number of the draw, so a view does not depend on the rest of
-its batch, on the replica, or on restarts.
+Every random number is a hash of a key, which names (seed, epoch, example, view), and of the number
+of the draw, so a view does not depend on the rest of its batch, on the replica, or on restarts.
 
-Inside, images are float32 `[batch, channels, height, width]`: three channels
-as the innermost axis would leave most lanes of a vector unit idle.
+Inside, images are float32 `[batch, channels, height, width]`: three channels as the innermost axis
+would leave most lanes of a vector unit idle.
 """
 
 from typing import Any
@@ -24,8 +23,8 @@ simclr_augmentation = _presets.simclr_augmentation
 byol_augmentation = _presets.byol_augmentation
 relic_pytorch_augmentation = _presets.relic_pytorch_augmentation
 
-# A box is rejected in about 6 % of the attempts with SimCLR's settings (20 %
-# for panoramas), so that 16 all fail for fewer than one in 10^11 views.
+# A box is rejected in about 6 % of the attempts with SimCLR's settings (20 % for panoramas), so
+# that 16 all fail for fewer than one in 10^11 views.
 _CROP_ATTEMPTS = 16
 
 # Numbers of the draws of a view. Changing one changes every later run.
@@ -36,13 +35,11 @@ _CROP = 32  # + 4 numbers an attempt; all above are drawn together
 _NOISE = 128  # + the number of the value in the image
 
 
-def example_keys(
-    seed: Any, epoch: Any, example_ids: Any, view: Any
-) -> tf.Tensor:
+def example_keys(seed: Any, epoch: Any, example_ids: Any, view: Any) -> tf.Tensor:
     """Hashes the integers that name a view to a key, uint32 `[batch]`.
 
-    `example_ids` are integers `[batch]` below 2^32; `seed` and `view` are
-    scalars, and `epoch` is a scalar or one integer per example.
+    `example_ids` are integers `[batch]` below 2^32; `seed` and `view` are scalars, and `epoch` is a
+    scalar or one integer per example.
     """
     key = tf.zeros_like(_to_uint32(example_ids))
     for part in (seed, epoch, example_ids, view):
@@ -50,24 +47,20 @@ def example_keys(
     return key
 
 
-def uniform(
-    keys: tf.Tensor, draw: Any, low: float = 0.0, high: float = 1.0
-) -> tf.Tensor:
+def uniform(keys: tf.Tensor, draw: Any, low: float = 0.0, high: float = 1.0) -> tf.Tensor:
     """Draws uniform float32 numbers in [low, high), as a function of the key.
 
-    `keys` are uint32 of any shape; `draw`, the number of the draw, is an
-    integer or a tensor that broadcasts with them.
+    `keys` are uint32 of any shape; `draw`, the number of the draw, is an integer or a tensor that
+    broadcasts with them.
     """
-    # An odd constant far from 0 (2^32 / golden ratio), so that the draws of
-    # a key are not those of the next one.
+    # An odd constant far from 0 (2^32 / golden ratio), so that the draws of a key are not those of
+    # the next one.
     bits = _hash(keys + _to_uint32(draw) * 0x9E3779B9)
     unit = tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24
     return low + unit * (high - low)
 
 
-def removes_background(
-    keys: tf.Tensor, augmentation: Augmentation
-) -> tf.Tensor:
+def removes_background(keys: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
     """Draws, for each key, if the view loses its background: bool `[batch]`."""
     return uniform(keys, _MASK) < augmentation.mask_probability
 
@@ -97,24 +90,19 @@ def _to_uint32(x: Any) -> tf.Tensor:
     return tf.cast(x, tf.uint32)
 
 
-def augment(
-    images: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation
-) -> tf.Tensor:
+def augment(images: tf.Tensor, keys: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
     """Makes one random view of every image.
 
-    Compile it with `tf.function(jit_compile=True)` even if the step around it
-    is not compiled: unfused, it takes several times as long on a CPU. Crops and
-    grayscale are matrix products, whose inputs TPUs round to bfloat16, and GPUs
-    to TF32 where that is enabled. Saturation, hue and grayscale are skipped
-    unless there are three channels.
+    Compile it with `tf.function(jit_compile=True)` even if the step around it is not compiled:
+    unfused, it takes several times as long on a CPU. Crops and grayscale are matrix products, whose
+    inputs TPUs round to bfloat16, and GPUs to TF32 where that is enabled. Saturation, hue and
+    grayscale are skipped unless there are three channels.
 
-    Images are uint8, or float32 in [0, 1], `[batch, height, width, channels]`,
-    and keys those of `example_keys`. The views are float32 `[batch, size, size,
-    channels]` in [0, 1].
+    Images are uint8, or float32 in [0, 1], `[batch, height, width, channels]`, and keys those of
+    `example_keys`. The views are float32 `[batch, size, size, channels]` in [0, 1].
 
     Raises:
-        ValueError: if `augmentation.crop` is False and the images are not of
-            `augmentation.size`.
+        ValueError: if `augmentation.crop` is False and the images are not of `augmentation.size`.
     """
     x = tf.image.convert_image_dtype(images, tf.float32)
     draws = uniform(keys[:, tf.newaxis], tf.range(_CROP))
@@ -130,8 +118,7 @@ def augment(
         x = tf.transpose(x, [0, 3, 1, 2])
     else:
         raise ValueError(
-            f"Without `crop`, images must be {size} x {size} pixels. "
-            f"Received: {height} x {width}"
+            f"Without `crop`, images must be {size} x {size} pixels. Received: {height} x {width}"
         )
     x = _color_jitter(x, draws, augmentation)
     # The blur, a sum of pixels, commutes with grayscale, a sum of channels.
@@ -150,14 +137,11 @@ def augment(
     return x
 
 
-def eval_images(
-    images: tf.Tensor, size: int, *, crop_proportion: float | None = None
-) -> tf.Tensor:
+def eval_images(images: tf.Tensor, size: int, *, crop_proportion: float | None = None) -> tf.Tensor:
     """Crops and resizes images for evaluation, without anything random.
 
-    `crop_proportion` is the side of the central square, relative to the
-    shorter side of the image (SimCLR: 0.875); None keeps the whole image.
-    Images and results are as for `augment`.
+    `crop_proportion` is the side of the central square, relative to the shorter side of the image
+    (SimCLR: 0.875); None keeps the whole image. Images and results are as for `augment`.
 
     Source: google-research/simclr, tf2/data_util.py, `preprocess_for_eval`.
     """
@@ -177,16 +161,14 @@ def random_crop_boxes(
 ) -> tf.Tensor:
     """Draws a crop box for each key: int32 `[batch, 4]`, y, x, height, width.
 
-    Has the distribution of `tf.image.sample_distorted_bounding_box` for one
-    box around the whole image, as SimCLR and BYOL call it: the aspect ratio
-    is uniform, then the height is uniform among the integers that the limits
-    of the area allow, then the place. A box of too small or too large an area
-    is drawn again; if all attempts fail, the whole image is returned. `height`
-    and `width` of the image, in pixels, are integers or scalar tensors.
+    Has the distribution of `tf.image.sample_distorted_bounding_box` for one box around the whole
+    image, as SimCLR and BYOL call it: the aspect ratio is uniform, then the height is uniform among
+    the integers that the limits of the area allow, then the place. A box of too small or too large
+    an area is drawn again; if all attempts fail, the whole image is returned. `height` and `width`
+    of the image, in pixels, are integers or scalar tensors.
 
-    Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc,
-    including that the last row and column are out of reach unless the box is
-    as high or wide as the image.
+    Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc, including that the
+    last row and column are out of reach unless the box is as high or wide as the image.
     """
     full_height = tf.cast(height, tf.float32)
     full_width = tf.cast(width, tf.float32)
@@ -225,13 +207,11 @@ def random_crop_boxes(
     return tf.cast(tf.where(found, boxes, whole), tf.int32)
 
 
-def _crop_and_resize(
-    x: tf.Tensor, boxes: tf.Tensor, size: int, flips: Any = False
-) -> tf.Tensor:
+def _crop_and_resize(x: tf.Tensor, boxes: tf.Tensor, size: int, flips: Any = False) -> tf.Tensor:
     """Crops and resizes as `tf.image.resize(..., "bicubic")`; channels first.
 
-    Separable resampling is a product with a matrix from each side; the crop
-    is in the matrices, so that shapes do not depend on the boxes.
+    Separable resampling is a product with a matrix from each side; the crop is in the matrices, so
+    that shapes do not depend on the boxes.
     """
     top, left, height, width = tf.unstack(tf.cast(boxes, tf.float32), axis=1)
     rows = _resampling_matrix(top, height, x.shape[1], size)
@@ -279,14 +259,11 @@ def center_box(height: Any, width: Any, proportion: float) -> tf.Tensor:
     return tf.stack([y, x, side, side])
 
 
-def _color_jitter(
-    x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
-) -> tf.Tensor:
+def _color_jitter(x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
     """Applies four colour operations in random order; the result is in [0, 1].
 
-    Brightness and contrast are affine; hue and saturation commute. So every
-    order alternates hue and saturation with an affine operation; one that is
-    not due gets a neutral amount.
+    Brightness and contrast are affine; hue and saturation commute. So every order alternates hue
+    and saturation with an affine operation; one that is not due gets a neutral amount.
     """
     b, c = augmentation.brightness, augmentation.contrast
     s, h = augmentation.saturation, augmentation.hue
@@ -321,8 +298,8 @@ def _color_jitter(
         factor = tf.where(turn(_SATURATION) == now, saturation, 1.0)
         return _adjust_hue_and_saturation(x, shift, factor)
 
-    # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip after
-    # the first operation.
+    # Bicubic resampling overshoots [0, 1]. SimCLR leaves that to the clip after the first
+    # operation.
     x = hue_and_saturation(tf.clip_by_value(x, 0.0, 1.0), 0)
     for now, is_brightness in ((1, brightness_first), (2, ~brightness_first)):
         mean = tf.reduce_mean(x, axis=[2, 3], keepdims=True)
@@ -332,12 +309,10 @@ def _color_jitter(
     return x
 
 
-def _adjust_hue_and_saturation(
-    x: tf.Tensor, shift: tf.Tensor, factor: tf.Tensor
-) -> tf.Tensor:
+def _adjust_hue_and_saturation(x: tf.Tensor, shift: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Shifts the hue, in full circles, and scales the HSV saturation."""
-    # XLA sees through slices of a stack, and would compute each plane again
-    # wherever it is used; it does not see through slices of a reshaped stack.
+    # XLA sees through slices of a stack, and would compute each plane again wherever it is used; it
+    # does not see through slices of a reshaped stack.
     _, _, height, width = x.shape
     x = tf.reshape(x, [-1, 3 * height * width])
     red, green, blue = tf.split(x, 3, axis=1)
@@ -345,8 +320,8 @@ def _adjust_hue_and_saturation(
 
     value = tf.maximum(tf.maximum(red, green), blue)
     chroma = value - tf.minimum(tf.minimum(red, green), blue)
-    # Hue in sixths of the circle: an offset for the largest channel, and a
-    # position between the other two.
+    # Hue in sixths of the circle: an offset for the largest channel, and a position between the
+    # other two.
     red_is_max, green_is_max = red >= value, green >= value
     offset = tf.where(red_is_max, 0.0, tf.where(green_is_max, 2.0, 4.0))
     difference = tf.where(green_is_max, blue - red, red - green)
@@ -354,26 +329,24 @@ def _adjust_hue_and_saturation(
     # A chroma of 0 has a difference of 0.
     hue = offset + 6.0 * shift + difference / tf.maximum(chroma, 1e-20)
 
-    # How far each channel is below the value, relative to the chroma: 0 up to
-    # a sixth from its own hue, 1 from two sixths on. Exact for -4 <= hue <= 8,
-    # without that `hue` would have to be wrapped to [0, 6).
+    # How far each channel is below the value, relative to the chroma: 0 up to a sixth from its own
+    # hue, 1 from two sixths on. Exact for -4 <= hue <= 8, without that `hue` would have to be
+    # wrapped to [0, 6).
     chroma = tf.minimum(factor * chroma, value)
     depths = (
         tf.abs(tf.abs(hue - 3.0) - 3.0) - 1.0,
         2.0 - tf.abs(tf.abs(hue - 2.0) - 3.0),
         tf.abs(tf.abs(hue - 1.0) - 3.0) - 1.0,
     )
-    x = tf.stack(
-        [value - chroma * tf.clip_by_value(d, 0.0, 1.0) for d in depths], axis=1
-    )
+    x = tf.stack([value - chroma * tf.clip_by_value(d, 0.0, 1.0) for d in depths], axis=1)
     return tf.reshape(x, [-1, 3, height, width])
 
 
 def _gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     """Blurs images, padded with black; `radius` is less than half their size.
 
-    Products with a symmetric band matrix: at 224 pixels, they take two thirds
-    of the time of 46 shifted sums.
+    Products with a symmetric band matrix: at 224 pixels, they take two thirds of the time of 46
+    shifted sums.
     """
     pixel = tf.range(x.shape[3], dtype=tf.float32)
     distance = tf.abs(pixel - pixel[:, tf.newaxis])
@@ -385,9 +358,7 @@ def _gaussian_blur(x: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     return tf.matmul(tf.matmul(weights, x), weights)
 
 
-def _random_gray(
-    x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation
-) -> tf.Tensor:
+def _random_gray(x: tf.Tensor, draws: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
     """Removes the colour of some images; moves channels to the last axis.
 
     A product with a matrix does both, and lets XLA compute the colours once.

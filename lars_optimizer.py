@@ -22,15 +22,14 @@ class LARS(keras.optimizers.Optimizer):
         simclr:    v <- momentum * v + learning_rate * g,  w <- w - v
         deepmind:  v <- momentum * v + g,  w <- w - learning_rate * v
 
-    The two differ while the learning rate changes: SimCLR's velocity keeps the
-    rate of the time when a gradient came in. Vectors and scalars (biases, and
-    BatchNorm's gamma and beta) skip the first two lines.
+    The two differ while the learning rate changes: SimCLR's velocity keeps the rate of the time
+    when a gradient came in. Vectors and scalars (biases, and BatchNorm's gamma and beta) skip the
+    first two lines.
 
-    Source: You et al., arXiv:1708.03888; google-research/simclr@383d414,
-    tf2/lars_optimizer.py with `classic_momentum=True`; DeepMind's
-    byol/utils/optimizers.py. Differs from them: the rank, not the name,
-    excludes a weight, so a classifier that must not be decayed (SimCLR's
-    supervised head) takes an optimizer of its own.
+    Source: You et al., arXiv:1708.03888; google-research/simclr@383d414, tf2/lars_optimizer.py with
+    `classic_momentum=True`; DeepMind's byol/utils/optimizers.py. Differs from them: the rank, not
+    the name, excludes a weight, so a classifier that must not be decayed (SimCLR's supervised head)
+    takes an optimizer of its own.
 
     Args:
         learning_rate: float, `LearningRateSchedule` or callable.
@@ -58,9 +57,7 @@ class LARS(keras.optimizers.Optimizer):
         name: str = "lars",
     ):
         if variant not in VARIANTS:
-            raise ValueError(
-                f"`variant` must be one of {VARIANTS}. Received: {variant!r}."
-            )
+            raise ValueError(f"`variant` must be one of {VARIANTS}. Received: {variant!r}.")
         if not 0 <= momentum < 1 or l2 < 0 or eeta <= 0:
             raise ValueError(
                 "`momentum` must be in [0, 1), `l2` not negative and `eeta` "
@@ -78,9 +75,7 @@ class LARS(keras.optimizers.Optimizer):
         self._velocities = self.add_optimizer_variables(variables, "velocity")
         self._is_scaled = [len(v.shape) > 1 for v in variables]
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: Any
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: Any) -> None:
         """Moves one variable, and its velocity, by one step."""
         index = self._get_variable_index(variable)
         velocity = self._velocities[index]
@@ -99,13 +94,10 @@ class LARS(keras.optimizers.Optimizer):
         self.assign(velocity, next_velocity)
         self.assign_sub(variable, rate_out * step)
 
-    def _trust_ratio(
-        self, gradient: tf.Tensor, variable: tf.Variable
-    ) -> tf.Tensor:
+    def _trust_ratio(self, gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
         # `keras.ops.norm` refuses the rank 4 of convolution kernels.
         weight_norm, gradient_norm = (
-            ops.sqrt(ops.sum(ops.square(ops.cast(x, "float32"))))
-            for x in (variable, gradient)
+            ops.sqrt(ops.sum(ops.square(ops.cast(x, "float32")))) for x in (variable, gradient)
         )
         ratio = self.eeta * weight_norm / gradient_norm
         are_positive = ops.minimum(weight_norm, gradient_norm) > 0

@@ -35,15 +35,15 @@ class Networks:
         architecture: the description that they were built from.
         encoder: normalised images to features.
         projection: features to projections.
-        projection_to_classifier: the part of `projection` from the features to
-            the input of the classifier; it shares variables with `projection`.
+        projection_to_classifier: the part of `projection` from the features to the input of the
+            classifier; it shares variables with `projection`.
         prediction: projections to predictions; None if there is no predictor.
-        target_encoder: moving average of `encoder`, with BatchNorm statistics
-            of its own; None if there is no target network.
+        target_encoder: moving average of `encoder`, with BatchNorm statistics of its own; None if
+            there is no target network.
         target_projection: moving average of `projection`; or None.
         classifier: features to logits; None if there are no classes.
-        rematerialized_encoder: `encoder` for training in less memory, see
-            `remat.rematerialized`; or None.
+        rematerialized_encoder: `encoder` for training in less memory, see `remat.rematerialized`;
+            or None.
     """
 
     architecture: Architecture
@@ -63,9 +63,7 @@ class Networks:
             return self.rematerialized_encoder(images, training)
         return self.encoder(images, training=training)
 
-    def embeddings(
-        self, images: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def embeddings(self, images: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Computes the embeddings of images as in `features`, in training.
 
         Returns:
@@ -81,8 +79,8 @@ class Networks:
     def target_embeddings(self, images: tf.Tensor) -> tf.Tensor:
         """Computes projections `[n, d]` of the target, without a gradient.
 
-        BatchNorm is in training mode, as in BYOL's code, unless `target_bn` is
-        "average". Raises `ValueError` if there is no target network.
+        BatchNorm is in training mode, as in BYOL's code, unless `target_bn` is "average". Raises
+        `ValueError` if there is no target network.
         """
         if self.target_encoder is None or self.target_projection is None:
             raise ValueError("There is no target network.")
@@ -160,17 +158,14 @@ def build_networks(
 ) -> Networks:
     """Builds networks with random weights; the target copies the online ones.
 
-    With `rematerialize`, the backward pass computes the activations of the
-    encoder's blocks again instead of keeping them. `differentiable_twice` is
-    for a loss that contains gradients, as WPC's.
+    With `rematerialize`, the backward pass computes the activations of the encoder's blocks again
+    instead of keeping them. `differentiable_twice` is for a loss that contains gradients, as WPC's.
 
     Raises:
-        ValueError: if a field of `architecture` is out of its range, or
-            `rematerialize` is given for an encoder without blocks.
+        ValueError: if a field of `architecture` is out of its range, or `rematerialize` is given
+            for an encoder without blocks.
     """
-    encoder = build_encoder(
-        architecture, differentiable_twice=differentiable_twice
-    )
+    encoder = build_encoder(architecture, differentiable_twice=differentiable_twice)
     features, out_dim = encoder.output_shape[-1], architecture.proj_out_dim
     head = architecture.proj_head_mode
     build_head = functools.partial(_build_head, architecture)
@@ -235,11 +230,10 @@ def _batch_norm(architecture: Architecture) -> dict[str, Any]:
 class EncoderBuilder(Protocol):
     """A function that builds an encoder with random weights.
 
-    The model maps float32 images `[N, H, W, channels]`, which have been
-    normalised, to float32 features `[N, D]`. Its BatchNorm layers are
-    `resnet.GlobalBatchNorm`, and the paths of its variables are unique and do
-    not depend on what was built before. With `differentiable_twice`, XLA must
-    be able to compile gradients of gradients.
+    The model maps float32 images `[N, H, W, channels]`, which have been normalised, to float32
+    features `[N, D]`. Its BatchNorm layers are `resnet.GlobalBatchNorm`, and the paths of its
+    variables are unique and do not depend on what was built before. With `differentiable_twice`,
+    XLA must be able to compile gradients of gradients.
     """
 
     def __call__(
@@ -273,14 +267,10 @@ ENCODERS: dict[str, EncoderBuilder] = {
 }
 
 
-def build_encoder(
-    architecture: Architecture, *, differentiable_twice: bool = False
-) -> keras.Model:
+def build_encoder(architecture: Architecture, *, differentiable_twice: bool = False) -> keras.Model:
     """Builds the encoder alone, as an `EncoderBuilder` does."""
     encoders.check_encoder(architecture.encoder, ENCODERS)
-    return ENCODERS[architecture.encoder](
-        architecture, differentiable_twice=differentiable_twice
-    )
+    return ENCODERS[architecture.encoder](architecture, differentiable_twice=differentiable_twice)
 
 
 def encoder_of_images(networks: Networks) -> keras.Model:

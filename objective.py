@@ -2,15 +2,13 @@
 # ruff: noqa: F401 - The imported names are the interface of this module.
 """The index of the objectives: every loss by name, and what belongs to it.
 
-A loss is a pure function of the projections of this replica's images and of a
-`gather`, which returns those of all replicas. It returns the mean over this
-replica's rows, so that the average over replicas is the loss of the global
-batch. The batch sizes, b per replica and B globally, must be static: they have
-to be known when a loss is traced.
+A loss is a pure function of the projections of this replica's images and of a `gather`, which
+returns those of all replicas. It returns the mean over this replica's rows, so that the average
+over replicas is the loss of the global batch. The batch sizes, b per replica and B globally, must
+be static: they have to be known when a loss is traced.
 
-Losses of two views take the projections `z1`, `z2` of both; losses of many
-views take sequences of online and of target views, see
-`contrastive/objectives/comparison.py`.
+Losses of two views take the projections `z1`, `z2` of both; losses of many views take sequences of
+online and of target views, see `contrastive/objectives/comparison.py`.
 """
 
 from contrastive.objectives.barlow_twins import (
@@ -63,8 +61,8 @@ from contrastive.objectives.simclr import SimCLR, simclr_loss
 from contrastive.objectives.two_view import contrastive_metrics, positive_scores
 from contrastive.objectives.vicreg import VICReg, vicreg_loss
 
-# An objective is a frozen dataclass of hyperparameters, see
-# `contrastive/objectives/base.py`. To add one: a new file and a line here.
+# An objective is a frozen dataclass of hyperparameters, see `contrastive/objectives/base.py`. To
+# add one: a new file and a line here.
 OBJECTIVES: dict[str, type[Objective]] = {
     "simclr": SimCLR,
     "rpc": RPC,

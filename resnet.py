@@ -37,9 +37,9 @@ _Tensor: TypeAlias = keras.KerasTensor
 class _Builder:
     """Adds the convolutions, blocks and stem of a network to its graph.
 
-    Arguments called `names` are layer names with a placeholder for the kind of
-    the layer, such as `block_group2_block1_{}2`. Attributes are those of
-    `resnet`, and `norm`, which creates a normalization layer.
+    Arguments called `names` are layer names with a placeholder for the kind of the layer, such as
+    `block_group2_block1_{}2`. Attributes are those of `resnet`, and `norm`, which creates a
+    normalization layer.
     """
 
     norm: Callable[..., keras.layers.Layer]
@@ -63,9 +63,7 @@ class _Builder:
             ("shortcuts", self.shortcuts, SHORTCUTS),
         ):
             if value not in known:
-                raise ValueError(
-                    f"`{name}` must be one of {known}. Received: {value!r}."
-                )
+                raise ValueError(f"`{name}` must be one of {known}. Received: {value!r}.")
         sk_ratio, se_ratio = self.sk_ratio, self.se_ratio
         if self.width_multiplier <= 0 or min(sk_ratio, se_ratio) < 0:
             raise ValueError(
@@ -130,21 +128,15 @@ class _Builder:
             name=name,
         )(x)
 
-    def conv_bn(
-        self, x: _Tensor, *conv: int, names: str, **options: Any
-    ) -> _Tensor:
+    def conv_bn(self, x: _Tensor, *conv: int, names: str, **options: Any) -> _Tensor:
         x = self.conv(x, *conv, name=names.format("conv"))
         return self.bn_relu(x, names=names, **options)
 
-    def bn_relu(
-        self, x: _Tensor, *, names: str, relu: bool = True, gamma: str = "ones"
-    ) -> _Tensor:
+    def bn_relu(self, x: _Tensor, *, names: str, relu: bool = True, gamma: str = "ones") -> _Tensor:
         x = self.norm(gamma_initializer=gamma, name=names.format("bn"))(x)
         return keras.layers.ReLU(name=names.format("relu"))(x) if relu else x
 
-    def selective_kernel(
-        self, x: _Tensor, filters: int, strides: int, *, names: str
-    ) -> _Tensor:
+    def selective_kernel(self, x: _Tensor, filters: int, strides: int, *, names: str) -> _Tensor:
         """Mixes two convolutions (arXiv:1903.06586; SimCLR's resnet.py)."""
         x = self.conv_bn(x, 2 * filters, 3, strides, names=names.format("{}2"))
         first, second = keras.ops.split(x, 2, axis=-1)
@@ -157,9 +149,7 @@ class _Builder:
         share = keras.ops.sigmoid(logit_first - logit_second)
         return first * share + second * (1.0 - share)
 
-    def squeeze_excite(
-        self, x: _Tensor, filters: int, *, names: str
-    ) -> _Tensor:
+    def squeeze_excite(self, x: _Tensor, filters: int, *, names: str) -> _Tensor:
         """Scales channels by image (arXiv:1709.01507; SimCLR's resnet.py)."""
         conv = functools.partial(self.conv, kernel_size=1, use_bias=True)
         inner = squeeze_filters(filters, self.se_ratio)
@@ -169,9 +159,7 @@ class _Builder:
         scale = conv(scale, x.shape[-1], name=names.format("se_conv2"))
         return x * keras.ops.sigmoid(scale)
 
-    def shortcut(
-        self, x: _Tensor, filters: int, strides: int, *, names: str
-    ) -> _Tensor:
+    def shortcut(self, x: _Tensor, filters: int, strides: int, *, names: str) -> _Tensor:
         """Projects a block's input; ResNet-D (arXiv:1812.01187) averages it."""
         if self.sk_ratio > 0:
             padding, name = "same", names.format("shortcut_pad")
@@ -185,9 +173,7 @@ class _Builder:
         names = names.format("shortcut_{}")
         return self.conv_bn(x, filters, 1, strides, names=names, relu=False)
 
-    def block(
-        self, x: _Tensor, filters: int, strides: int, project: bool, names: str
-    ) -> _Tensor:
+    def block(self, x: _Tensor, filters: int, strides: int, project: bool, names: str) -> _Tensor:
         """Adds a residual block: `relu(shortcut(x) + residual(x))`."""
         out_filters = self.out_filters(filters)
         shortcut = x
@@ -255,9 +241,7 @@ class _Builder:
             padding = "valid"
         # XLA cannot compute second derivatives of max-pooling in bfloat16.
         dtype = "float32" if self.differentiable_twice else None
-        return keras.layers.MaxPooling2D(3, 2, padding, dtype=dtype, name=name)(
-            x
-        )
+        return keras.layers.MaxPooling2D(3, 2, padding, dtype=dtype, name=name)(x)
 
 
 def resnet(
@@ -280,54 +264,50 @@ def resnet(
 ) -> keras.Model:
     """Builds a residual network without its classifier.
 
-    Blocks have the stride on the 3x3 convolution and, by default, ReLU after
-    the addition (version 1).
+    Blocks have the stride on the 3x3 convolution and, by default, ReLU after the addition (version
+    1).
 
-    Published weights are mapped onto the names of layers. The stem has
-    `initial_{conv,bn}`, and with ResNet-D `stem_{conv,bn}{1,2}` before these.
-    Block b of group g, both counted from 1, has
-    `block_group{g}_block{b}_{layer}` with the layers `{conv,bn}{1,2,3}`,
-    `shortcut_{conv,bn}`, `sk_{conv1,bn1,conv2}` and `se_{conv1,conv2}`. With
-    pre-activation there is a `final_bn`, but no `initial_bn` or `shortcut_bn`.
+    Published weights are mapped onto the names of layers. The stem has `initial_{conv,bn}`, and
+    with ResNet-D `stem_{conv,bn}{1,2}` before these. Block b of group g, both counted from 1, has
+    `block_group{g}_block{b}_{layer}` with the layers `{conv,bn}{1,2,3}`, `shortcut_{conv,bn}`,
+    `sk_{conv1,bn1,conv2}` and `se_{conv1,conv2}`. With pre-activation there is a `final_bn`, but no
+    `initial_bn` or `shortcut_bn`.
 
-    Source: He et al., arXiv:1512.03385; google-research/simclr@383d414,
-    tf2/resnet.py (with `padding="fixed"`), DeepMind's haiku networks of BYOL
-    and ReLICv2 (with `padding="same"`), and torchvision's models/resnet.py
-    (with `padding="torch"` and `shortcuts="needed"`). Differs from SimCLR's:
-    depth 10, fractional widths, and no DropBlock.
+    Source: He et al., arXiv:1512.03385; google-research/simclr@383d414, tf2/resnet.py (with
+    `padding="fixed"`), DeepMind's haiku networks of BYOL and ReLICv2 (with `padding="same"`), and
+    torchvision's models/resnet.py (with `padding="torch"` and `shortcuts="needed"`). Differs from
+    SimCLR's: depth 10, fractional widths, and no DropBlock.
 
     Args:
         depth: 10, 18, 34 (basic blocks), 50, 101, 152 or 200 (bottlenecks).
-        width_multiplier: factor of every number of filters, > 0. The product
-            is rounded and at least 8; a bottleneck outputs 4 times as many.
+        width_multiplier: factor of every number of filters, > 0. The product is rounded and at
+            least 8; a bottleneck outputs 4 times as many.
         stem: "imagenet" (7x7, stride 2, then max-pool) or "cifar" (3x3).
-        padding: padding of strided convolutions and of the max-pool, which
-            changes features. "torch" pads both sides equally, "same" even sizes
-            at the right and bottom, and "fixed" convolutions like the first and
-            the max-pool like the second.
-        shortcuts: whether the first block of a group projects its shortcut
-            "always", or only if "needed" because the shape changes.
-        preactivation: whether BatchNorm and ReLU precede convolutions (version
-            2). `zero_init_residual` then has no effect. Not supported with
-            `sk_ratio`, `se_ratio` or `padding="torch"`.
+        padding: padding of strided convolutions and of the max-pool, which changes features.
+            "torch" pads both sides equally, "same" even sizes at the right and bottom, and "fixed"
+            convolutions like the first and the max-pool like the second.
+        shortcuts: whether the first block of a group projects its shortcut "always", or only if
+            "needed" because the shape changes.
+        preactivation: whether BatchNorm and ReLU precede convolutions (version 2).
+            `zero_init_residual` then has no effect. Not supported with `sk_ratio`, `se_ratio` or
+            `padding="torch"`.
         base_filters: filters of the stem and of the four groups.
-        sk_ratio: if > 0 (SimCLR v2: 0.0625), bottlenecks have selective
-            kernels, mixed by a layer with `sk_ratio` times their filters, and
-            networks of any depth get ResNet-D's shortcuts and ImageNet stem.
-        se_ratio: if > 0, blocks end in squeeze-and-excitation by a layer with
-            `se_ratio` times their filters.
-        zero_init_residual: whether the last `gamma` of each residual branch
-            starts at 0, so that blocks start as the identity.
+        sk_ratio: if > 0 (SimCLR v2: 0.0625), bottlenecks have selective kernels, mixed by a layer
+            with `sk_ratio` times their filters, and networks of any depth get ResNet-D's shortcuts
+            and ImageNet stem.
+        se_ratio: if > 0, blocks end in squeeze-and-excitation by a layer with `se_ratio` times
+            their filters.
+        zero_init_residual: whether the last `gamma` of each residual branch starts at 0, so that
+            blocks start as the identity.
         global_bn: whether BatchNorm statistics cover all replicas.
         batch_norm_momentum: momentum of the moving statistics, in [0, 1].
         channels: number of channels of the images.
-        differentiable_twice: whether XLA can compile gradients of gradients,
-            also in bfloat16.
+        differentiable_twice: whether XLA can compile gradients of gradients, also in bfloat16.
         name: name of the model.
 
     Returns:
-        A functional model from float32 images `[N, H, W, channels]`, of any
-        height and width, to float32 features `[N, D]`.
+        A functional model from float32 images `[N, H, W, channels]`, of any height and width, to
+        float32 features `[N, D]`.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -357,17 +337,15 @@ def resnet(
     if preactivation:
         x = builder.bn_relu(x, names="final_{}")
     # Losses and probes need float32 features under mixed precision, too.
-    features = keras.layers.GlobalAveragePooling2D(
-        name="final_avg_pool", dtype="float32"
-    )(x)
+    features = keras.layers.GlobalAveragePooling2D(name="final_avg_pool", dtype="float32")(x)
     return keras.Model(images, features, name=name)
 
 
 def endpoints(model: keras.Model) -> dict[str, keras.KerasTensor]:
     """Finds the symbolic outputs of the parts of a `resnet`, by `ENDPOINTS`.
 
-    `initial_conv` is the stem's last convolution before BatchNorm, and
-    `initial_max_pool` the input of the first block, even without pooling.
+    `initial_conv` is the stem's last convolution before BatchNorm, and `initial_max_pool` the input
+    of the first block, even without pooling.
     """
     return {name: model.get_layer(name).output for name in ENDPOINTS}
 
@@ -375,18 +353,16 @@ def endpoints(model: keras.Model) -> dict[str, keras.KerasTensor]:
 def freeze(model: keras.Model, after_block: int) -> None:
     """Freezes the first parts of an encoder and makes the rest trainable.
 
-    Neither the weights nor the BatchNorm statistics of the frozen part change,
-    even with `training=True`. A `tf.function` traced before does not notice it.
-    -1 freezes nothing, 0 the stem, k in 1..4 the stem and the block groups
-    1..k; 4 is the whole encoder. -1 and 4 apply to any encoder.
+    Neither the weights nor the BatchNorm statistics of the frozen part change, even with
+    `training=True`. A `tf.function` traced before does not notice it. -1 freezes nothing, 0 the
+    stem, k in 1..4 the stem and the block groups 1..k; 4 is the whole encoder. -1 and 4 apply to
+    any encoder.
 
     Raises:
         ValueError: if `after_block` is not in -1..4.
     """
     if after_block not in range(-1, 5):
-        raise ValueError(
-            f"`after_block` must be in -1..4. Received: {after_block!r}."
-        )
+        raise ValueError(f"`after_block` must be in -1..4. Received: {after_block!r}.")
     for layer in model.layers:
         group = re.match(r"block_group(\d)", layer.name)
         last = 4 if layer.name == "final_bn" else 0

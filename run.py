@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Pretrains image encoders and measures what they learned.
 
-    python run.py --train_mode=pretrain --objective=rpc --dataset=cifar10
-    python run.py --train_mode=finetune --mode=train_then_eval \
+    python run.py --train_mode=pretrain --objective=rpc --dataset=cifar10 python run.py
+    --train_mode=finetune --mode=train_then_eval \
         --fine_tune_after_block=4 --checkpoint=runs/... --dataset=cifar10
 
-A flag left unset takes its value from the checkpoint to be fine-tuned or
-evaluated, from the preset, or from the objective; the log at start says which.
+A flag left unset takes its value from the checkpoint to be fine-tuned or evaluated, from the
+preset, or from the objective; the log at start says which.
 """
 
 import logging as std_logging
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-# Before TensorFlow is loaded: its start-up notes are a page, and without a GPU
-# one of them is an error about that.
+# Before TensorFlow is loaded: its start-up notes are a page, and without a GPU one of them is an
+# error about that.
 os.environ.setdefault(
     "TF_CPP_MIN_LOG_LEVEL",
     "2" if os.path.exists("/proc/driver/nvidia") else "3",
@@ -59,9 +59,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, ValueError) as error:
         outcome.exit_with(outcome.EXIT_USAGE, f"Error: {error}")
     if len(rest) > 1:
-        outcome.exit_with(
-            outcome.EXIT_USAGE, f"Error: not a flag: {' '.join(rest[1:])}"
-        )
+        outcome.exit_with(outcome.EXIT_USAGE, f"Error: not a flag: {' '.join(rest[1:])}")
     return rest
 
 
@@ -90,8 +88,8 @@ def prepare() -> Callable[[], None]:
     """Resolves the command line and returns the work of its command."""
     resolved = resolve_flags()
     if resolved["mode"] == "selftest":
-        # Its steps run in other processes; this one must not hold the TPU,
-        # which TensorFlow takes as it is imported.
+        # Its steps run in other processes; this one must not hold the TPU, which TensorFlow takes
+        # as it is imported.
         os.environ["TPU_LOAD_LIBRARY"] = "0"
     return commands.COMMANDS[resolved["mode"]].prepare(resolved)
 
@@ -99,8 +97,8 @@ def prepare() -> Callable[[], None]:
 def set_up_log() -> None:
     """Logs this program's lines with the time of day, not the libraries'.
 
-    Only errors of libraries are logged: their warnings are about how this
-    program calls them, which its users cannot change.
+    Only errors of libraries are logged: their warnings are about how this program calls them, which
+    its users cannot change.
     """
     std_logging.getLogger("tensorflow").setLevel(std_logging.WARNING)
     logging.set_verbosity(logging.INFO)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images a second of `data_util.augment` and of a per-image tf.data pipeline.
 
-All make two SimCLR views of uint8 CIFAR-sized images in memory, as tensors,
-which is what a training step takes. Their rounds alternate in one process; the
-median round of each is reported. CPU time is that of all threads, and less
-disturbed by other programs than images/s.
+All make two SimCLR views of uint8 CIFAR-sized images in memory, as tensors, which is what a
+training step takes. Their rounds alternate in one process; the median round of each is reported.
+CPU time is that of all threads, and less disturbed by other programs than images/s.
 
 The last line is of 224-pixel images that the host has cropped, as ImageNet's.
 
@@ -28,9 +27,7 @@ import data_util
 
 SIZE = 32
 SETTINGS = {
-    "strength 0.5, no blur": data_util.simclr_augmentation(
-        SIZE, strength=0.5, use_blur=False
-    ),
+    "strength 0.5, no blur": data_util.simclr_augmentation(SIZE, strength=0.5, use_blur=False),
     "strength 1.0, blur": data_util.simclr_augmentation(SIZE),
 }
 
@@ -50,12 +47,8 @@ def main() -> None:
     for name, augmentation in SETTINGS.items():
         print(name)
         programs = {
-            "tf.data, stateful draws": per_image(
-                images, augmentation, args, Stateful
-            ),
-            "tf.data, stateless draws": per_image(
-                images, augmentation, args, Stateless
-            ),
+            "tf.data, stateful draws": per_image(images, augmentation, args, Stateful),
+            "tf.data, stateless draws": per_image(images, augmentation, args, Stateless),
             "augment": batched(images, augmentation, args, jit=False),
             "augment, XLA": batched(images, augmentation, args, jit=True),
         }
@@ -71,9 +64,7 @@ def main() -> None:
                 f"{1 / ratios[1]:.1f} times the images per CPU second"
             )
     args.batch_size = min(args.batch_size, 32)
-    large = np.random.default_rng(0).integers(
-        0, 256, [args.batch_size, 224, 224, 3], np.uint8
-    )
+    large = np.random.default_rng(0).integers(0, 256, [args.batch_size, 224, 224, 3], np.uint8)
     augmentation = data_util.simclr_augmentation(224, crop=False)
     programs = {"augment, XLA": batched(large, augmentation, args, jit=True)}
     rate, cpu = measure(programs, args)["augment, XLA"]
@@ -93,8 +84,8 @@ def measure(programs, args) -> dict[str, tuple[float, float]]:
     results = {name: [] for name in programs}
     for _ in range(args.rounds):
         for name, start in programs.items():
-            # A pipeline lives for one round only: it would go on working in
-            # the background of the next program, and have batches in stock.
+            # A pipeline lives for one round only: it would go on working in the background of the
+            # next program, and have batches in stock.
             step = start()
             step()
             count, spent, cpu = 0, 0.0, time.process_time()
@@ -117,10 +108,7 @@ def batched(images, augmentation, args, *, jit):
     @tf.function
     def views(batch, step):
         ids = tf.range(len(batch))
-        return [
-            augment(batch, data_util.example_keys(0, step, ids, view))
-            for view in (0, 1)
-        ]
+        return [augment(batch, data_util.example_keys(0, step, ids, view)) for view in (0, 1)]
 
     batch = tf.constant(images[: args.batch_size])
     steps = iter(range(10**9))
@@ -135,10 +123,7 @@ def per_image(images, augmentation, args, source):
     """Returns what starts a program: a function, one batch of both views."""
 
     def views(index, image):
-        return [
-            one_view(image, source(2 * index + view), augmentation)
-            for view in (0, 1)
-        ]
+        return [one_view(image, source(2 * index + view), augmentation) for view in (0, 1)]
 
     dataset = (
         tf.data.Dataset.from_tensor_slices(images)
@@ -246,8 +231,7 @@ def jitter(image, source, augmentation):
         return tf.image.adjust_hue(x, source.uniform([], -hue, hue))
 
     operations = [
-        functools.partial(scale, function, strength)
-        for function, strength in strengths.items()
+        functools.partial(scale, function, strength) for function, strength in strengths.items()
     ] + [turn]
     for chosen in tf.unstack(tf.argsort(source.uniform([4]))):
         branches = [functools.partial(op, image) for op in operations]
@@ -261,9 +245,7 @@ def blur(image, source):
     taps = tf.nn.softmax(-0.5 * tf.square(taps))
     for shape in ([3, 1, 1, 1], [1, 3, 1, 1]):
         kernel = tf.tile(tf.reshape(taps, shape), [1, 1, 3, 1])
-        image = tf.nn.depthwise_conv2d(
-            image[tf.newaxis], kernel, [1, 1, 1, 1], "SAME"
-        )[0]
+        image = tf.nn.depthwise_conv2d(image[tf.newaxis], kernel, [1, 1, 1, 1], "SAME")[0]
     return image
 
 

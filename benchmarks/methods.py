@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds of a step of each objective, beside its encoder passes alone.
 
-`passes` is the least that an objective computes: forward and backward passes
-of the encoder on the online views and one forward pass on the target's, on
-fixed images. `step` is all of training: input, views, heads, loss, queue and
-optimizer. Rounds of the two alternate in one process; medians are reported. The
-last column is step / passes relative to that of the first objective: the cost
+`passes` is the least that an objective computes: forward and backward passes of the encoder on the
+online views and one forward pass on the target's, on fixed images. `step` is all of training:
+input, views, heads, loss, queue and optimizer. Rounds of the two alternate in one process; medians
+are reported. The last column is step / passes relative to that of the first objective: the cost
 beyond the passes.
 
     python benchmarks/methods.py --methods simclr byol relicv2 semppl
@@ -45,9 +44,7 @@ def main() -> None:
     args, more = parser.parse_known_args()
     logging.set_verbosity(logging.ERROR)
 
-    print(
-        f"{'method':10}{'start, s':>9}{'passes, s':>10}{'step, s':>9}  beyond"
-    )
+    print(f"{'method':10}{'start, s':>9}{'passes, s':>10}{'step, s':>9}  beyond")
     first = None
     for name in args.methods:
         start, seconds = measure(name, args, more)
@@ -81,9 +78,7 @@ def measure(name, args, more) -> tuple[float, dict[str, float]]:
     config = opened.config()
     state = train.create_state(opened, config)
     stream = iter(
-        data.train_stream(
-            opened.train_data, batch_size=config.batch_size, seed=config.seed
-        )
+        data.train_stream(opened.train_data, batch_size=config.batch_size, seed=config.seed)
     )
     loop = loop_lib.CompiledLoop(
         opened.session.strategy,
@@ -113,17 +108,13 @@ def make_passes(config, networks, batch):
     """Returns the function that runs the encoder on all views."""
     views = views_lib.make_views(batch, config.views, config.seed)
     large = config.num_large_views
-    groups = [
-        tf.concat(group, 0) for group in (views[:large], views[large:]) if group
-    ]
+    groups = [tf.concat(group, 0) for group in (views[:large], views[large:]) if group]
     variables = networks.encoder.trainable_variables
 
     @tf.function(jit_compile=config.jit_compile)
     def passes(groups):
         with tf.GradientTape() as tape:
-            loss = tf.add_n(
-                [tf.reduce_sum(networks.features(x, True)) for x in groups]
-            )
+            loss = tf.add_n([tf.reduce_sum(networks.features(x, True)) for x in groups])
         sums = [tf.reduce_sum(g) for g in tape.gradient(loss, variables)]
         if networks.target_encoder:
             target = networks.target_encoder(groups[0], training=True)

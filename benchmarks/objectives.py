@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretrains with every objective under one budget and measures the features.
 
-The same encoder, images, augmentation strength, optimizer and steps for all;
-each method's own heads, views and weights. Prints a Markdown table.
+The same encoder, images, augmentation strength, optimizer and steps for all; each method's own
+heads, views and weights. Prints a Markdown table.
 
     python benchmarks/objectives.py --dataset=photo_patches --epochs=5
 """
@@ -102,10 +102,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/objectives", help="a folder")
     args, more = parser.parse_known_args()
 
-    splits = [
-        data.load(args.dataset, split)
-        for split in (args.train_split, args.test_split)
-    ]
+    splits = [data.load(args.dataset, split) for split in (args.train_split, args.test_split)]
     lines = [
         f"| {args.dataset} | {' | '.join(_COLUMNS)} | minutes |",
         "|---" * (len(_COLUMNS) + 2) + "|",
@@ -163,9 +160,7 @@ def pretrain(row: str, folder: pathlib.Path, args, more: list[str]) -> None:
         *_ROWS[row],
         *more,
     ]
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         sys.exit(f"{shlex.join(command)} failed:\n{result.stdout}")
 
@@ -183,12 +178,9 @@ def measure(encoder, splits, seed: int) -> list[float]:
 
     The 5 labels a class are those that SemPPL's row sees.
     """
-    labelled_ids = labels.choose(
-        splits[0], per_class=_LABELS_PER_CLASS, seed=seed
-    )
+    labelled_ids = labels.choose(splits[0], per_class=_LABELS_PER_CLASS, seed=seed)
     train, test = (
-        features.compute_outputs(encoder, split, split.image_size[0])
-        for split in splits
+        features.compute_outputs(encoder, split, split.image_size[0]) for split in splits
     )
     values, test_values = probe.standardize(train.values, test.values)
 
@@ -200,15 +192,8 @@ def measure(encoder, splits, seed: int) -> list[float]:
     order = np.random.default_rng(0).permutation(len(values))
     return [
         linear(order[:_MAX_TRAIN_EXAMPLES]),
-        probe.knn_accuracy(
-            (train.values, train.labels), (test.values, test.labels)
-        ),
-        np.mean(
-            [
-                linear(probe.choose_labels(train.labels, "1", draw))
-                for draw in range(_DRAWS)
-            ]
-        ),
+        probe.knn_accuracy((train.values, train.labels), (test.values, test.labels)),
+        np.mean([linear(probe.choose_labels(train.labels, "1", draw)) for draw in range(_DRAWS)]),
         linear(labelled_ids),
     ]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images a second of pretraining: input, step, both, and a bare ResNet.
 
-Everything is measured in one process on photo_patches resized by nothing: the
-32-pixel images, one batch size, the program's own step. Rounds of the four
-programs alternate; the median round of each is reported.
+Everything is measured in one process on photo_patches resized by nothing: the 32-pixel images, one
+batch size, the program's own step. Rounds of the four programs alternate; the median round of each
+is reported.
 
     input   augmented views alone, from the stream of batches
     step    the step on one batch that stays where it is, views made before
@@ -105,9 +105,7 @@ def make_programs(config, state, strategy, dataset):
     def stream():
         return iter(
             strategy.distribute_datasets_from_function(
-                lambda _: data.train_stream(
-                    dataset, batch_size=config.batch_size, seed=config.seed
-                )
+                lambda _: data.train_stream(dataset, batch_size=config.batch_size, seed=config.seed)
             )
         )
 
@@ -119,9 +117,7 @@ def make_programs(config, state, strategy, dataset):
     step = loop_lib.build_step(config, state)
     # The same step, given views instead of making them.
     made = dataclasses.replace(config, views=(config.views[0],) * 2)
-    step_alone = loop_lib.build_step(
-        made, state, make_views=lambda _: [v + 0 for v in fixed]
-    )
+    step_alone = loop_lib.build_step(made, state, make_views=lambda _: [v + 0 for v in fixed])
 
     @tf.function
     def input_loop(iterator, num_steps):
@@ -149,9 +145,7 @@ def make_programs(config, state, strategy, dataset):
     }
     iterators = {name: stream() for name in ("input", "step", "both")}
     return {
-        "input": lambda n: input_loop(
-            iterators["input"], tf.constant(n)
-        ).numpy(),
+        "input": lambda n: input_loop(iterators["input"], tf.constant(n)).numpy(),
         "both": lambda n: loops["both"](iterators["both"], n),
         "step": lambda n: loops["step"](iterators["step"], n),
         "bare": run_bare,

@@ -3,8 +3,8 @@
 
     from contrastive import load_classifier, load_encoder
 
-`contrastive.weights.loading` documents both functions. TensorFlow is imported
-when one of them is used for the first time.
+`contrastive.weights.loading` documents both functions. TensorFlow is imported when one of them is
+used for the first time.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of a run: `run.json` in its directory.
 
-It holds the flags in force, the architecture and the versions of libraries.
-Local records are read and written without TensorFlow.
+It holds the flags in force, the architecture and the versions of libraries. Local records are read
+and written without TensorFlow.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def read_run(path: str) -> dict[str, Any] | None:
     """Reads the record of a run.
 
     Args:
-        path: a run directory, a checkpoint prefix in one, or the directory of
-            an exported SavedModel, whose record holds the architecture alone.
+        path: a run directory, a checkpoint prefix in one, or the directory of an exported
+            SavedModel, whose record holds the architecture alone.
 
     Returns:
         The content of `run.json`. None if there is none, and if `path` is a
@@ -63,7 +63,6 @@ def is_file(path: str) -> bool:
     return files.exists(path) and not files.isdir(path)
 
 
-# `storage.exists` would hide the class of TensorFlow's errors, which determines
-# the exit code.
+# `storage.exists` would hide the class of TensorFlow's errors, which determines the exit code.
 def _file_system(path: str) -> Any:
     return tf.io.gfile if storage.is_remote(path) else os.path

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders on this machine or in a bucket (gs://...).
 
-Local paths use Python's own functions, which are faster than TensorFlow's.
-Paths with a scheme use `tf.io.gfile`; the first of them imports TensorFlow.
+Local paths use Python's own functions, which are faster than TensorFlow's. Paths with a scheme use
+`tf.io.gfile`; the first of them imports TensorFlow.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 # A request to a bucket takes tens of milliseconds, almost all of it waiting.
 _REMOTE_THREADS = 64
 # A line of TensorFlow's `checkpoint` file, a protocol buffer in text format.
-_NEWEST_CHECKPOINT = re.compile(
-    r'^\s*model_checkpoint_path:\s*"((?:[^"\\]|\\.)*)"', re.MULTILINE
-)
+_NEWEST_CHECKPOINT = re.compile(r'^\s*model_checkpoint_path:\s*"((?:[^"\\]|\\.)*)"', re.MULTILINE)
 
 
 def is_remote(path: str) -> bool:
@@ -43,9 +41,7 @@ def full_path(path: str) -> str:
 
 def pool(path: str) -> concurrent.futures.ThreadPoolExecutor:
     """Returns a pool of threads that is suited to reading files of a folder."""
-    return concurrent.futures.ThreadPoolExecutor(
-        _REMOTE_THREADS if is_remote(path) else None
-    )
+    return concurrent.futures.ThreadPoolExecutor(_REMOTE_THREADS if is_remote(path) else None)
 
 
 def exists(path: str) -> bool:
@@ -100,9 +96,7 @@ def _unreachable(path: str, error: tf.errors.OpError) -> ValueError:
 
 def open_binary(path: str) -> BinaryIO:
     """Opens a file for reading; of a remote one, only parts are fetched."""
-    return (
-        tf.io.gfile.GFile(path, "rb") if is_remote(path) else open(path, "rb")
-    )
+    return tf.io.gfile.GFile(path, "rb") if is_remote(path) else open(path, "rb")
 
 
 def make_folder(path: str) -> None:
@@ -116,9 +110,9 @@ def make_folder(path: str) -> None:
 def write_whole(path: str, content: str | bytes) -> None:
     """Writes a file, whole or not at all, and makes the folder it is in.
 
-    The content goes to a temporary file of a unique name in the same folder,
-    which then replaces `path`. Readers never find a part of it, and several
-    processes may write the same path. Text is written as UTF-8.
+    The content goes to a temporary file of a unique name in the same folder, which then replaces
+    `path`. Readers never find a part of it, and several processes may write the same path. Text is
+    written as UTF-8.
 
     Raises:
         OSError: if the local file system refuses.
@@ -151,9 +145,8 @@ def write_json(path: str, content: Mapping[str, Any]) -> None:
 def latest_checkpoint(directory: str) -> str | None:
     """Returns the prefix (path without ".index") of the newest checkpoint.
 
-    Equal to `tf.train.latest_checkpoint`, but a local directory is read
-    without TensorFlow. None if the directory has no file `checkpoint`, or not
-    the checkpoint that this file names.
+    Equal to `tf.train.latest_checkpoint`, but a local directory is read without TensorFlow. None if
+    the directory has no file `checkpoint`, or not the checkpoint that this file names.
     """
     if is_remote(directory):
         return tf.train.latest_checkpoint(directory)
@@ -196,8 +189,8 @@ def _walk_local(root: str) -> Iterator[tuple[str, Iterable[str]]]:
 def _walk_remote(root: str) -> Iterator[tuple[str, Iterable[str]]]:
     """Yields what `_walk_local` does, with one request per folder.
 
-    `tf.io.gfile.walk` makes one per file, one after the other; here, all
-    folders of a level are requested at once.
+    `tf.io.gfile.walk` makes one per file, one after the other; here, all folders of a level are
+    requested at once.
     """
 
     def listing(folder: str) -> tuple[str, list[str], list[str]]:

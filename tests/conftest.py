@@ -47,8 +47,7 @@ def pytest_fixture_setup(fixturedef):
 def _own_process_state():
     """Restores what a test has changed in its process, the seeds included.
 
-    A test that changes what cannot be restored fails: it belongs into a
-    process of its own.
+    A test that changes what cannot be restored fails: it belongs into a process of its own.
     """
     _restore("before a test")
     yield
@@ -76,8 +75,7 @@ def golden():
 def prepared():
     """Returns a function that loads a split of a prepared TFDS dataset.
 
-    A test is skipped where the dataset is not prepared, which would take a
-    download of gigabytes.
+    A test is skipped where the dataset is not prepared, which would take a download of gigabytes.
     """
 
     def load(name, split):
@@ -93,7 +91,5 @@ def prepared():
 def log(monkeypatch):
     """Returns the lines that are logged, a list that grows."""
     lines = []
-    monkeypatch.setattr(
-        logging, "info", lambda text, *values: lines.append(text % values)
-    )
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
     return lines

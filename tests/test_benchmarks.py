@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every script of `benchmarks/` runs and prints the numbers that it promises.
 
-The sizes are the smallest that work. The numbers themselves are not checked,
-because they depend on the machine.
+The sizes are the smallest that work. The numbers themselves are not checked, because they depend on
+the machine.
 """
 
 import argparse
@@ -69,8 +69,7 @@ _CASES = {
         """,
     ),
     "pretraining.py": (
-        "--resnet_depth=10 --width_multiplier=0.1 --batch_size=8 --rounds=1 "
-        "--steps=1",
+        "--resnet_depth=10 --width_multiplier=0.1 --batch_size=8 --rounds=1 --steps=1",
         """
         input first call, compilation included: # s
         both first call, compilation included: # s
@@ -101,13 +100,10 @@ def test_benchmark_script_at_smallest_size_prints_numbers(tmp_path, script):
         labels=np.arange(80) % 4,
     )
     arguments, expected = _CASES[script]
-    result = processes.run(
-        _FOLDER / script, *arguments.split(), folder=tmp_path
-    )
+    result = processes.run(_FOLDER / script, *arguments.split(), folder=tmp_path)
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     patterns = [
-        re.escape(line.strip()).replace(r"\#", _NUMBER)
-        for line in expected.strip().splitlines()
+        re.escape(line.strip()).replace(r"\#", _NUMBER) for line in expected.strip().splitlines()
     ]
     assert len(lines) == len(patterns), result.stdout
     for line, pattern in zip(lines, patterns, strict=True):
@@ -117,9 +113,7 @@ def test_benchmark_script_at_smallest_size_prints_numbers(tmp_path, script):
 @pytest.fixture
 def objectives():
     """The module `benchmarks/objectives.py`."""
-    spec = importlib.util.spec_from_file_location(
-        "objectives", _FOLDER / "objectives.py"
-    )
+    spec = importlib.util.spec_from_file_location("objectives", _FOLDER / "objectives.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -130,9 +124,7 @@ def test_objectives_rows_are_of_objectives_and_of_all_but_siglip(objectives):
     assert found == set(objective.OBJECTIVES) - {"siglip"}
 
 
-def test_objectives_failing_training_shows_whole_log(
-    objectives, monkeypatch, tmp_path
-):
+def test_objectives_failing_training_shows_whole_log(objectives, monkeypatch, tmp_path):
     log = "first line\n" + 10_000 * "between\n" + "last line\n"
     script = f"import sys; print({log!r}, file=sys.stderr); sys.exit(3)"
     run = subprocess.run

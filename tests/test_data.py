@@ -92,10 +92,7 @@ def _train(dataset, batch_size=5, seed=1, **layout):
 def _joined(elements):
     """Returns the elements end to end."""
     elements = list(elements)
-    return {
-        key: np.concatenate([element[key] for element in elements])
-        for key in elements[0]
-    }
+    return {key: np.concatenate([element[key] for element in elements]) for key in elements[0]}
 
 
 def _assert_equal(actual, expected):
@@ -124,9 +121,7 @@ def test_id_and_label_belong_to_the_image(source, whole):
 
 
 @pytest.mark.parametrize("first_step", [0, 4, 13])
-def test_resumed_stream_is_the_tail_of_the_uninterrupted_one(
-    source, whole, first_step
-):
+def test_resumed_stream_is_the_tail_of_the_uninterrupted_one(source, whole, first_step):
     tail = _train(source, first_step=first_step, num_steps=15 - first_step)
     _assert_equal(_joined(tail), _joined(whole[first_step:]))
 
@@ -156,9 +151,7 @@ def test_resumed_stream_reads_no_earlier_group(sources, monkeypatch):
 
 
 def test_stream_without_a_number_of_steps_is_endless(source):
-    stream = data.train_stream(
-        source, batch_size=23, seed=0, views=_views(source)
-    )
+    stream = data.train_stream(source, batch_size=23, seed=0, views=_views(source))
     epochs = [batch["epoch"][0] for batch in stream.take(3)]
     assert epochs == [0, 1, 2]
 
@@ -182,10 +175,7 @@ def _global_steps(dataset, stream, num_replicas, num_pipelines):
     assert len({len(elements) for elements in pipelines}) == 1
     local = num_replicas // num_pipelines
     steps = range(0, len(pipelines[0]), local)
-    return [
-        _joined([e for p in pipelines for e in p[step : step + local]])
-        for step in steps
-    ]
+    return [_joined([e for p in pipelines for e in p[step : step + local]]) for step in steps]
 
 
 def _train_steps(dataset, **layout):
@@ -237,9 +227,7 @@ def test_shapes_are_static(source):
 
 
 def test_views_of_two_sizes_come_as_a_tuple(sources, corner_crops):
-    stream = data.train_stream(
-        sources["files"], batch_size=2, seed=0, views=(_VIEW, _SMALL_VIEW)
-    )
+    stream = data.train_stream(sources["files"], batch_size=2, seed=0, views=(_VIEW, _SMALL_VIEW))
     crops = next(stream.as_numpy_iterator())["crops"]
     assert [crop.shape for crop in crops] == [(2, 8, 8, 3), (2, 4, 4, 3)]
 
@@ -377,13 +365,7 @@ def test_labelled_rows_that_cannot_be_are_refused(sources):
 
 
 def test_evaluation_has_each_example_once_and_then_padding(source):
-    batch = _joined(
-        list(
-            data.eval_stream(
-                source, batch_size=8, image_size=6
-            ).as_numpy_iterator()
-        )
-    )
+    batch = _joined(list(data.eval_stream(source, batch_size=8, image_size=6).as_numpy_iterator()))
     padding = [-1]
     np.testing.assert_array_equal(batch["id"], [*range(23), *padding])
     np.testing.assert_array_equal(batch["weight"], [1] * 23 + [0])
@@ -393,18 +375,14 @@ def test_evaluation_has_each_example_once_and_then_padding(source):
 
 
 def test_evaluation_batch_may_exceed_the_dataset(source):
-    batches = list(
-        data.eval_stream(source, batch_size=40, image_size=6, num_replicas=2)
-    )
+    batches = list(data.eval_stream(source, batch_size=40, image_size=6, num_replicas=2))
     assert [float(np.sum(b["weight"])) for b in batches] == [20, 3]
 
 
 # Images that do not decode
 
 
-def test_image_that_breaks_later_becomes_grey_and_is_named(
-    tmp_path, corner_crops
-):
+def test_image_that_breaks_later_becomes_grey_and_is_named(tmp_path, corner_crops):
     names = [f"train/a/{i:02}.png" for i in range(20)]
     root = write_pictures(tmp_path, names, size=(200, 200))
     dataset = data.load(root)

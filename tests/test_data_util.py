@@ -101,9 +101,7 @@ def test_draws_stay_the_same_from_version_to_version():
     # Else a resumed run would go on with other views than it began with.
     keys = data_util.example_keys(1, 2, tf.constant([3, 4]), 5)
     np.testing.assert_array_equal(keys, [2450771423, 721109436])
-    np.testing.assert_allclose(
-        data_util.uniform(keys, 6), [0.88467467, 0.89463425], atol=1e-7
-    )
+    np.testing.assert_allclose(data_util.uniform(keys, 6), [0.88467467, 0.89463425], atol=1e-7)
 
 
 # Single operations.
@@ -127,9 +125,7 @@ def test_crop_and_resize_takes_a_box_for_each_image(images, size):
     for i, (top, left, height, width) in enumerate(boxes.numpy()):
         crop = images[i, top : top + height, left : left + width] / 255.0
         expected = tf.image.resize(crop, [size, size], "bicubic")
-        np.testing.assert_allclose(
-            tf.transpose(x[i], [1, 2, 0]), expected, atol=1e-5
-        )
+        np.testing.assert_allclose(tf.transpose(x[i], [1, 2, 0]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +137,7 @@ def test_crop_and_resize_takes_a_box_for_each_image(images, size):
         ("adjust_saturation_1.8", 0.0, 1.8),
     ],
 )
-def test_hue_and_saturation_are_tensorflows(
-    reference, images, name, shift, factor
-):
+def test_hue_and_saturation_are_tensorflows(reference, images, name, shift, factor):
     x = _adjust_hue_and_saturation(images[:2], shift, factor)
     np.testing.assert_allclose(x, reference[name], atol=1e-5)
 
@@ -184,9 +178,7 @@ def test_color_jitter_is_tensorflows_in_every_order(images, mode):
         (data_util._HUE, (-0.2, 0.2), tf.image.adjust_hue),
     ]
     draws = [draw for draw, _, _ in operations]
-    places = data_util.uniform(
-        keys[:, tf.newaxis], data_util._ORDER + tf.constant(draws)
-    )
+    places = data_util.uniform(keys[:, tf.newaxis], data_util._ORDER + tf.constant(draws))
     orders = np.argsort(places, axis=1)
     assert len(np.unique(orders, axis=0)) == 24
     jitters = data_util.uniform(keys, data_util._JITTER) < 0.8
@@ -203,9 +195,7 @@ def test_color_jitter_is_tensorflows_in_every_order(images, mode):
 
 
 def test_grayscale_is_tensorflows(reference, images):
-    augmentation = data_util.Augmentation(
-        size=SIZE, **PLAIN | {"grayscale_probability": 1.0}
-    )
+    augmentation = data_util.Augmentation(size=SIZE, **PLAIN | {"grayscale_probability": 1.0})
     views = _augment(images[:2], _keys(2), augmentation)
     np.testing.assert_allclose(views, reference["grayscale"], atol=1e-5)
 
@@ -257,14 +247,10 @@ def test_eval_images_of_another_size_are_resized(images):
 @pytest.mark.parametrize("shape", [(32, 32), (224, 224), (375, 500)])
 def test_crop_boxes_have_the_distribution_of_tensorflows(reference, shape):
     name = "{}x{}".format(*shape)
-    boxes = data_util.random_crop_boxes(
-        _keys(20_000), *shape, data_util.simclr_augmentation(SIZE)
-    )
+    boxes = data_util.random_crop_boxes(_keys(20_000), *shape, data_util.simclr_augmentation(SIZE))
     y, x, height, width = boxes.numpy().T
     columns = [y, x, height, width, height * width]
-    for column, (thresholds, shares) in zip(
-        columns, reference[f"boxes|{name}"], strict=True
-    ):
+    for column, (thresholds, shares) in zip(columns, reference[f"boxes|{name}"], strict=True):
         ours = [np.mean(column <= threshold) for threshold in thresholds]
         # Kolmogorov-Smirnov, two samples of 20,000: 0.0195 has p = 0.001.
         assert np.max(np.abs(ours - shares)) < 0.0195
@@ -276,9 +262,7 @@ def test_crop_boxes_have_the_distribution_of_tensorflows(reference, shape):
 
 
 def test_crop_is_the_whole_image_where_no_box_is_allowed():
-    augmentation = data_util.Augmentation(
-        size=SIZE, crop_area=(0.9, 1), crop_aspect=(1, 1)
-    )
+    augmentation = data_util.Augmentation(size=SIZE, crop_area=(0.9, 1), crop_aspect=(1, 1))
     boxes = data_util.random_crop_boxes(_keys(3), 20, 30, augmentation)
     np.testing.assert_array_equal(boxes, [[0, 0, 20, 30]] * 3)
     with pytest.raises(ValueError, match="must reach 0.1"):
@@ -332,9 +316,7 @@ _byol = functools.partial(data_util.byol_augmentation, SIZE, crop=False)
         ("byol|view2", _byol(view=1)),
     ],
 )
-def test_views_have_the_statistics_of_the_reference(
-    reference, images, name, augmentation
-):
+def test_views_have_the_statistics_of_the_reference(reference, images, name, augmentation):
     keys = data_util.example_keys(
         11,
         tf.tile(tf.range(DRAWS), [len(images)]),
@@ -344,9 +326,7 @@ def test_views_have_the_statistics_of_the_reference(
     views = _augment(np.repeat(images, DRAWS, axis=0), keys, augmentation)
     ours = _statistics(views).reshape(len(images), DRAWS, -1)
     # Both averages are over the same images, so that only draws differ.
-    error = np.sqrt(
-        2 * ours.var(axis=1, ddof=1).mean(axis=0) / ours[..., 0].size
-    )
+    error = np.sqrt(2 * ours.var(axis=1, ddof=1).mean(axis=0) / ours[..., 0].size)
     difference = ours.mean(axis=(0, 1)) - reference[name]
     assert np.all(np.abs(difference) <= STANDARD_ERRORS * error + 1e-5)
 
@@ -359,16 +339,12 @@ def test_views_have_the_statistics_of_the_reference(
         ("grayscale_probability", tf.image.rgb_to_grayscale),
     ],
 )
-def test_operation_happens_as_often_as_its_probability_says(
-    images, name, changed
-):
+def test_operation_happens_as_often_as_its_probability_says(images, name, changed):
     count = 2000
     settings = PLAIN | {name: 0.3}
     augmentation = data_util.Augmentation(size=SIZE, **settings)
     image = np.float32(images[:1] / 255)
-    views = _augment(
-        np.repeat(image, count, axis=0), _keys(count), augmentation
-    )
+    views = _augment(np.repeat(image, count, axis=0), _keys(count), augmentation)
     is_plain = np.all(np.abs(views - image) < 1e-6, axis=(1, 2, 3))
     is_changed = np.all(np.abs(views - changed(image)) < 1e-6, axis=(1, 2, 3))
     assert np.all(is_plain ^ is_changed)
@@ -380,9 +356,7 @@ def test_operation_happens_as_often_as_its_probability_says(
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_views_are_float_images_in_unit_range(channels):
-    images = np.random.default_rng(0).integers(
-        0, 256, [8, 40, 50, channels], np.uint8
-    )
+    images = np.random.default_rng(0).integers(0, 256, [8, 40, 50, channels], np.uint8)
     augmentation = data_util.simclr_augmentation(SIZE, solarize_probability=0.5)
     views = _augment(images, _keys(8), augmentation)
     assert views.shape == (8, SIZE, SIZE, channels)

@@ -23,9 +23,7 @@ def directory(tmp_path_factory):
     """The directory of a run that was resumed after two of four steps."""
     path = tmp_path_factory.mktemp("toy")
     for steps in (2, 4):
-        processes.run(
-            _PROGRAM, *_TRAIN, f"--train_steps={steps}", f"--model_dir={path}"
-        )
+        processes.run(_PROGRAM, *_TRAIN, f"--train_steps={steps}", f"--model_dir={path}")
     return path
 
 

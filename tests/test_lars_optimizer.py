@@ -23,14 +23,12 @@ NUM_STEPS = 5
 NUM_VARIABLES = 5
 
 
-def _assert_trajectory(
-    inputs, expected, case_key, index, rates, *, is_scaled, **arguments
-):
+def _assert_trajectory(inputs, expected, case_key, index, rates, *, is_scaled, **arguments):
     """Checks one variable's values and velocities after each golden step.
 
-    The reference decides by name which variables are scaled, LARS by rank: a
-    variable that is scaled there enters as a column or with the rank it has,
-    one that is not as a vector. Which is the same arithmetic.
+    The reference decides by name which variables are scaled, LARS by rank: a variable that is
+    scaled there enters as a column or with the rank it has, one that is not as a vector. Which is
+    the same arithmetic.
     """
 
     def shaped(array):
@@ -62,11 +60,7 @@ def test_simclr_variant_follows_the_reference(golden, index):
     arrays = golden("lars_simclr.npz")
     name = str(arrays["names"][index])
     # The reference's other form, `classic_momentum=False`, is not offered.
-    cases = [
-        case
-        for case in json.loads(str(arrays["cases_json"]))
-        if case["classic_momentum"]
-    ]
+    cases = [case for case in json.loads(str(arrays["cases_json"])) if case["classic_momentum"]]
     assert len(cases) == 16
     for case in cases:
         undecayed = case["exclude_from_weight_decay"]
@@ -120,9 +114,7 @@ def test_decay_and_scaling_are_for_matrices_and_kernels_only():
     for variable in variables:
         # The gradient is the decay alone, and its size is scaled away.
         factor = 1 - 0.5 * 1e-3 if variable.name == "kernel" else 1.0
-        np.testing.assert_allclose(
-            variable, factor * before[variable.path], rtol=1e-6
-        )
+        np.testing.assert_allclose(variable, factor * before[variable.path], rtol=1e-6)
     assert sum(v.name == "kernel" for v in variables) == 2
     assert len(variables) == 6
 
@@ -196,9 +188,7 @@ def test_velocities_are_part_of_a_checkpoint(tmp_path):
     status = tf.train.Checkpoint(optimizer=restored).restore(path)
     status.assert_consumed()
     expected = trained(3)
-    for variable, other in zip(
-        restored.variables, expected.variables, strict=True
-    ):
+    for variable, other in zip(restored.variables, expected.variables, strict=True):
         np.testing.assert_array_equal(variable, other)
     assert np.any(restored.variables[-1].numpy() != 0)
 
@@ -217,8 +207,7 @@ def _trained(strategy, num_steps=3):
     """Returns weights after steps on gradients that sum up over replicas."""
     with strategy.scope():
         variables = [
-            keras.Variable(np.full(shape, 2.0, "float32"))
-            for shape in ((3, 3, 2, 4), (5, 2), (4,))
+            keras.Variable(np.full(shape, 2.0, "float32")) for shape in ((3, 3, 2, 4), (5, 2), (4,))
         ]
         optimizer = LARS(0.5, l2=0.01)
         optimizer.build(variables)
@@ -227,8 +216,7 @@ def _trained(strategy, num_steps=3):
         context = tf.distribute.get_replica_context()
         share = 1.0 / context.num_replicas_in_sync
         gradients = [
-            share * tf.reshape(tf.range(float(np.prod(v.shape))), v.shape)
-            for v in variables
+            share * tf.reshape(tf.range(float(np.prod(v.shape))), v.shape) for v in variables
         ]
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
@@ -236,11 +224,7 @@ def _trained(strategy, num_steps=3):
     for _ in range(num_steps):
         step()
     return [
-        [
-            value.numpy()
-            for value in strategy.experimental_local_results(v.value)
-        ]
-        for v in variables
+        [value.numpy() for value in strategy.experimental_local_results(v.value)] for v in variables
     ]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files at the root, and the direction of their imports.
 
-import-linter checks the imports within the package (see pyproject.toml); it
-does not read single files outside of it.
+import-linter checks the imports within the package (see pyproject.toml); it does not read single
+files outside of it.
 """
 
 import ast

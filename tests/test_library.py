@@ -47,9 +47,7 @@ def test_import_light_module_loads_no_tensorflow(statement):
 
 
 def test_readme_example_gives_features(tmp_path, monkeypatch):
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (_ROOT / "README.md").read_text(), re.M | re.S
-    )
+    blocks = re.findall(r"^```python\n(.*?)^```", (_ROOT / "README.md").read_text(), re.M | re.S)
     example = next(block for block in blocks if "load_encoder" in block)
     networks = random_networks(
         resnet_depth=10, width_multiplier=0.125, padding="same", stem="cifar"

@@ -19,9 +19,7 @@ def _architecture(**fields):
 
 
 def test_target_starts_as_copy_and_update_moves_it_by_decay():
-    networks = model.build_networks(
-        _architecture(target_network=True, predictor=True)
-    )
+    networks = model.build_networks(_architecture(target_network=True, predictor=True))
     targets = [networks.target_encoder, networks.target_projection]
     online = [networks.encoder, networks.projection]
     for average, network in zip(targets, online, strict=True):
@@ -40,12 +38,9 @@ def test_target_starts_as_copy_and_update_moves_it_by_decay():
 
 
 def test_target_bn_average_computes_in_inference_mode():
-    networks = model.build_networks(
-        _architecture(target_network=True, target_bn="average")
-    )
+    networks = model.build_networks(_architecture(target_network=True, target_bn="average"))
     norm, average = (
-        encoder.get_layer("initial_bn")
-        for encoder in (networks.encoder, networks.target_encoder)
+        encoder.get_layer("initial_bn") for encoder in (networks.encoder, networks.target_encoder)
     )
     norm.moving_mean.assign(norm.moving_mean + 2.0)
     images = tf.random.stateless_uniform([4, 16, 16, 3], [0, 1])
@@ -88,9 +83,7 @@ def test_encoders_table_has_every_name():
 
 def test_build_networks_added_encoder_is_built(monkeypatch):
     monkeypatch.setitem(model.ENCODERS, "toy", _toy_encoder)
-    networks = model.build_networks(
-        _architecture(encoder="toy", target_network=True)
-    )
+    networks = model.build_networks(_architecture(encoder="toy", target_network=True))
     images = tf.random.stateless_uniform([2, 8, 8, 3], [0, 1])
     assert networks.features(images, training=True).shape == (2, 4)
     assert [v.path for v in networks.target_encoder.variables] == [
@@ -112,6 +105,4 @@ def test_features_images_too_small_for_encoder_raise():
 
 def test_build_networks_remat_of_keras_backbone_raises():
     with pytest.raises(ValueError, match="Only the blocks of ResNets"):
-        model.build_networks(
-            _architecture(encoder="mobilenet_v3_small"), rematerialize=True
-        )
+        model.build_networks(_architecture(encoder="mobilenet_v3_small"), rematerialize=True)

@@ -10,10 +10,7 @@ import objective
 
 
 def test_objective_import_does_not_load_tensorflow():
-    code = (
-        "import objective, sys; "
-        "print({'tensorflow', 'keras', 'numpy'} & set(sys.modules))"
-    )
+    code = "import objective, sys; print({'tensorflow', 'keras', 'numpy'} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -22,8 +19,7 @@ def test_objective_import_does_not_load_tensorflow():
 
 @pytest.mark.parametrize(
     "name",
-    "simclr rpc dv nwj js wpc byol relic siglip semppl barlow_twins "
-    "vicreg".split(),
+    "simclr rpc dv nwj js wpc byol relic siglip semppl barlow_twins vicreg".split(),
 )
 def test_objective_loss_of_each_name_is_documented(name):
     loss = getattr(objective, f"{name}_loss")

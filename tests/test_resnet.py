@@ -54,9 +54,7 @@ def test_resnet_has_one_batch_norm_per_convolution(depth):
 
 
 def test_resnet_layer_names_follow_documented_rule():
-    model = resnet.resnet(
-        50, width_multiplier=0.125, sk_ratio=0.0625, se_ratio=0.25
-    )
+    model = resnet.resnet(50, width_multiplier=0.125, sk_ratio=0.0625, se_ratio=0.25)
     names = {"initial_conv", "initial_bn"}
     names |= {f"stem_{kind}{i}" for kind in ("conv", "bn") for i in (1, 2)}
     for group, num_blocks in enumerate((3, 4, 6, 3), start=1):
@@ -118,9 +116,7 @@ def test_resnet_accepts_any_image_size(padding, sk_ratio):
         assert model(_random(2, *size, 3)).shape == (2, 64)
 
 
-@pytest.mark.parametrize(
-    ("padding", "first"), [("fixed", -3), ("same", -2), ("torch", -3)]
-)
+@pytest.mark.parametrize(("padding", "first"), [("fixed", -3), ("same", -2), ("torch", -3)])
 def test_resnet_stem_padding_starts_windows_at_expected_pixel(padding, first):
     model = resnet.resnet(**TINY, channels=1, padding=padding)
     # A kernel that copies the top left pixel of its 7x7 window.
@@ -140,12 +136,8 @@ def test_resnet_stem_padding_starts_windows_at_expected_pixel(padding, first):
     np.testing.assert_array_equal(outputs[0, :, :, 0], expected)
 
 
-@pytest.mark.parametrize(
-    ("padding", "first"), [("fixed", 0), ("same", 0), ("torch", -1)]
-)
-def test_resnet_max_pool_padding_starts_windows_at_expected_pixel(
-    padding, first
-):
+@pytest.mark.parametrize(("padding", "first"), [("fixed", 0), ("same", 0), ("torch", -1)])
+def test_resnet_max_pool_padding_starts_windows_at_expected_pixel(padding, first):
     model = resnet.resnet(**TINY, padding=padding)
     pooled = keras.Model(
         model.get_layer("initial_relu").output,
@@ -157,14 +149,10 @@ def test_resnet_max_pool_padding_starts_windows_at_expected_pixel(
         for j in range(4):
             y, x = 2 * i + first, 2 * j + first
             window = image[:, max(y, 0) : y + 3, max(x, 0) : x + 3]
-            np.testing.assert_array_equal(
-                outputs[:, i, j], window.max(axis=(1, 2))
-            )
+            np.testing.assert_array_equal(outputs[:, i, j], window.max(axis=(1, 2)))
 
 
-@pytest.mark.parametrize(
-    ("padding", "corner"), [("fixed", 1 / 4), ("same", 1.0)]
-)
+@pytest.mark.parametrize(("padding", "corner"), [("fixed", 1 / 4), ("same", 1.0)])
 def test_resnet_d_shortcut_odd_size_is_padded(padding, corner):
     model = resnet.resnet(**TINY, padding=padding, sk_ratio=0.1, stem="cifar")
     pool = model.get_layer("block_group2_block1_shortcut_pool")
@@ -197,9 +185,7 @@ def test_paddings_even_size_same_weights_give_different_features():
 )
 def test_shortcuts_project_in_expected_groups(depth, shortcuts, groups):
     model = resnet.resnet(depth, width_multiplier=0.125, shortcuts=shortcuts)
-    found = {
-        layer.name for layer in model.layers if "shortcut_conv" in layer.name
-    }
+    found = {layer.name for layer in model.layers if "shortcut_conv" in layer.name}
     assert found == {f"block_group{g}_block1_shortcut_conv" for g in groups}
 
 
@@ -217,12 +203,8 @@ def test_preactivation_has_variables_of_reference():
 
 
 def test_base_filters_set_filters_of_stem_and_groups():
-    model = resnet.resnet(
-        10, base_filters=(8, 16, 24, 32, 40), width_multiplier=2
-    )
-    names = ["initial_conv"] + [
-        f"block_group{g}_block1_conv2" for g in range(1, 5)
-    ]
+    model = resnet.resnet(10, base_filters=(8, 16, 24, 32, 40), width_multiplier=2)
+    names = ["initial_conv"] + [f"block_group{g}_block1_conv2" for g in range(1, 5)]
     filters = [model.get_layer(name).filters for name in names]
     assert filters == [16, 32, 48, 64, 80]
 
@@ -251,16 +233,12 @@ def _parts(model, *tensors):
     """Evaluates symbolic tensors of a model on random images."""
     return [
         np.asarray(value)
-        for value in keras.Model(model.input, list(tensors))(
-            _random(2, 8, 8, 3), training=True
-        )
+        for value in keras.Model(model.input, list(tensors))(_random(2, 8, 8, 3), training=True)
     ]
 
 
 def test_selective_kernel_mixes_streams_by_softmax():
-    model = resnet.resnet(
-        50, width_multiplier=0.125, stem="cifar", sk_ratio=0.1
-    )
+    model = resnet.resnet(50, width_multiplier=0.125, stem="cifar", sk_ratio=0.1)
     name = "block_group1_block1"
     streams, squeezed, logits, mixed = _parts(
         model,
@@ -271,20 +249,14 @@ def test_selective_kernel_mixes_streams_by_softmax():
     )
     assert model.get_layer(f"{name}_sk_conv1").filters == 32
     streams = np.stack(np.split(streams, 2, axis=-1))
-    np.testing.assert_allclose(
-        squeezed, streams.sum(0).mean((1, 2), keepdims=True), rtol=1e-5
-    )
+    np.testing.assert_allclose(squeezed, streams.sum(0).mean((1, 2), keepdims=True), rtol=1e-5)
     logits = np.stack(np.split(logits, 2, axis=-1))
     weights = np.exp(logits) / np.exp(logits).sum(0)
-    np.testing.assert_allclose(
-        mixed, (streams * weights).sum(0), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(mixed, (streams * weights).sum(0), rtol=1e-5, atol=1e-6)
 
 
 def test_squeeze_excite_scales_channels_by_sigmoid():
-    model = resnet.resnet(
-        **TINY, stem="cifar", se_ratio=0.25, zero_init_residual=False
-    )
+    model = resnet.resnet(**TINY, stem="cifar", se_ratio=0.25, zero_init_residual=False)
     name = "block_group2_block1"
     reduce, expand = (model.get_layer(f"{name}_se_conv{i}") for i in (1, 2))
     assert (reduce.filters, expand.filters) == (4, 16)
@@ -299,9 +271,7 @@ def test_squeeze_excite_scales_channels_by_sigmoid():
     hidden = np.maximum(hidden + reduce.bias.numpy(), 0)
     excited = hidden @ expand.kernel.numpy()[0, 0] + expand.bias.numpy()
     scale = 1 / (1 + np.exp(-excited))
-    np.testing.assert_allclose(
-        outputs, inputs * scale[:, None, None], rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(outputs, inputs * scale[:, None, None], rtol=1e-4, atol=1e-6)
 
 
 def test_initial_kernels_differ_and_have_fan_in_variance():
@@ -386,9 +356,7 @@ def test_freeze_training_changes_only_later_parts(after_block):
         with tf.GradientTape() as tape:
             outputs = readout(model(images, training=True))
             loss = tf.reduce_mean(tf.square(outputs - images[:, :1, 0, 0]))
-        optimizer.apply_gradients(
-            zip(tape.gradient(loss, variables), variables, strict=True)
-        )
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
     for _ in range(3):
         step(_random(4, 16, 16, 3) * 2)
@@ -412,9 +380,7 @@ def test_differentiable_twice_bfloat16_second_gradient_compiles():
     """Those of WPC's penalty, on TPUs and GPUs."""
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
-        encoder = resnet.resnet(
-            10, width_multiplier=0.125, differentiable_twice=True
-        )
+        encoder = resnet.resnet(10, width_multiplier=0.125, differentiable_twice=True)
     finally:
         keras.mixed_precision.set_global_policy("float32")
 

@@ -21,9 +21,7 @@ _ROOT = pathlib.Path(run.__file__).parent
 
 def _own_readme():
     """The commands in the code blocks of README.md."""
-    blocks = re.findall(
-        r"^```\w*\n(.*?)^```", (_ROOT / "README.md").read_text(), re.M | re.S
-    )
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (_ROOT / "README.md").read_text(), re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if "python run.py" in line]
 
@@ -102,8 +100,7 @@ def test_gpu_script_equals_the_recipe_of_the_rpc_paper():
         ("--dataset=photo_patches --fine_tune_after_block=2", "pretrain"),
         ("--train_mode=finetune --dataset=photo_patches", "--checkpoint"),
         (
-            "--train_mode=finetune --dataset=photo_patches "
-            "--checkpoint=/nowhere",
+            "--train_mode=finetune --dataset=photo_patches --checkpoint=/nowhere",
             "/nowhere",
         ),
         ("--mode=probe --dataset=photo_patches", "--checkpoint"),
@@ -124,8 +121,7 @@ def test_gpu_script_equals_the_recipe_of_the_rpc_paper():
             "two views",
         ),
         (
-            "--dataset=photo_patches --objective=relic --gamma=0.9 "
-            "--target_decay=0.8",
+            "--dataset=photo_patches --objective=relic --gamma=0.9 --target_decay=0.8",
             "mean the same",
         ),
         ("--dataset=photo_patches --objective=relic --gamma=2", "--gamma"),
@@ -144,8 +140,7 @@ def test_gpu_script_equals_the_recipe_of_the_rpc_paper():
             "both choose",
         ),
         (
-            "--dataset=photo_patches --objective=semppl "
-            "--labels_per_class=100000",
+            "--dataset=photo_patches --objective=semppl --labels_per_class=100000",
             "100000",
         ),
         (
@@ -161,9 +156,7 @@ def test_gpu_script_equals_the_recipe_of_the_rpc_paper():
 def test_main_wrong_input_is_one_error_before_any_compute(
     words, message, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        loop, "train", lambda *_: pytest.fail("training started")
-    )
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("training started"))
     small = ["--resnet_depth=10", "--width_multiplier=0.125"]
     if "--model_dir" not in words:
         small.append(f"--model_dir={tmp_path}")
@@ -230,7 +223,5 @@ def test_run_help_and_plan_go_to_standard_output(tmp_path):
     finished = processes.run("run.py", "--help")
     assert "--learning_rate=NUMBER" in finished.stdout
     assert finished.stderr == ""
-    plan = processes.run(
-        "run.py", "--dry_run", "--dataset=cifar10", f"--model_dir={tmp_path}"
-    )
+    plan = processes.run("run.py", "--dry_run", "--dataset=cifar10", f"--model_dir={tmp_path}")
     assert plan.stdout.startswith("training:")

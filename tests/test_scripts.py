@@ -62,9 +62,7 @@ def _script(tmp_path, recipe):
         ),
     ],
 )
-def test_tpu_script_of_each_recipe_plans_both_stages(
-    tmp_path, recipe, what, steps, linear_steps
-):
+def test_tpu_script_of_each_recipe_plans_both_stages(tmp_path, recipe, what, steps, linear_steps):
     pretraining, linear = _script(tmp_path, recipe)
     assert what in pretraining["training"]
     assert steps in pretraining["steps"]
@@ -81,9 +79,7 @@ def test_tpu_script_of_each_recipe_plans_both_stages(
         (3, True, False),
     ],
 )
-def test_tpu_script_restarts_only_a_program_that_was_lost(
-    code, is_soon, goes_on, tmp_path
-):
+def test_tpu_script_restarts_only_a_program_that_was_lost(code, is_soon, goes_on, tmp_path):
     """With a program that is lost twice in place of Python."""
     python = tmp_path / "python"
     python.write_text(

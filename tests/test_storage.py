@@ -59,14 +59,11 @@ def _write_folder(root):
 
 @pytest.mark.parametrize("split", ["train", "test", "all", "train[:50%]"])
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20])
-def test_bucket_folder_is_loaded_as_the_local_one(
-    tmp_path, upload, split, memory_limit
-):
+def test_bucket_folder_is_loaded_as_the_local_one(tmp_path, upload, split, memory_limit):
     _write_folder(tmp_path)
     bucket = upload(tmp_path)
     local, remote = (
-        data.load(root, split, memory_limit=memory_limit)
-        for root in (str(tmp_path), bucket)
+        data.load(root, split, memory_limit=memory_limit) for root in (str(tmp_path), bucket)
     )
     assert local.num_examples > 2
     assert remote.file_names == local.file_names
@@ -77,9 +74,7 @@ def test_bucket_folder_is_loaded_as_the_local_one(
     described = data.describe(local).replace(str(tmp_path), bucket)
     assert data.describe(remote) == described
     here, there = (
-        next(
-            data.eval_stream(d, batch_size=4, image_size=8).as_numpy_iterator()
-        )
+        next(data.eval_stream(d, batch_size=4, image_size=8).as_numpy_iterator())
         for d in (local, remote)
     )
     np.testing.assert_array_equal(there["image"], here["image"])
@@ -87,27 +82,19 @@ def test_bucket_folder_is_loaded_as_the_local_one(
     assert names == local.names()
 
 
-def test_bucket_folder_of_large_images_is_cropped_from_the_bucket(
-    tmp_path, upload
-):
+def test_bucket_folder_of_large_images_is_cropped_from_the_bucket(tmp_path, upload):
     names = [f"train/{'ab'[i % 2]}/{i}.jpg" for i in range(4)]
     write_pictures(tmp_path, names, size=(150, 140))
     remote = data.load(upload(tmp_path))
     assert remote.is_encoded
     assert remote.image_size == (140, 150)
-    batch = next(
-        data.eval_stream(
-            remote, batch_size=4, image_size=32
-        ).as_numpy_iterator()
-    )
+    batch = next(data.eval_stream(remote, batch_size=4, image_size=32).as_numpy_iterator())
     assert not remote.undecodable
     assert batch["weight"].tolist() == [1, 1, 1, 1]
     assert batch["label"].tolist() == [0, 0, 1, 1]
 
 
-def test_run_on_a_bucket_folder_is_evaluated_on_its_test_split(
-    tmp_path, upload
-):
+def test_run_on_a_bucket_folder_is_evaluated_on_its_test_split(tmp_path, upload):
     names = [f"{'ab'[i % 2]}/{i}.png" for i in range(80)]
     bucket = upload(write_pictures(tmp_path / "images", names, size=(16, 16)))
     code = program.main(
@@ -139,9 +126,7 @@ def test_fingerprint_of_a_bucket_changes_with_a_file(tmp_path, upload):
 
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20])
 def test_masks_in_a_bucket_are_found_and_read(tmp_path, upload, memory_limit):
-    images = write_pictures(
-        tmp_path / "images", ["train/a/0.png", "train/a/1.png"], size=(12, 12)
-    )
+    images = write_pictures(tmp_path / "images", ["train/a/0.png", "train/a/1.png"], size=(12, 12))
     half = np.zeros((12, 12), np.uint8)
     half[:6] = 255
     (tmp_path / "masks/train/a").mkdir(parents=True)
@@ -170,9 +155,7 @@ def test_archive_in_a_bucket_is_loaded_as_the_local_one(tmp_path, upload):
     images = random.integers(0, 256, (40, 6, 6, 3), np.uint8)
     path = tmp_path / "x.npz"
     np.savez_compressed(path, images=images, labels=np.arange(40) % 3)
-    local, remote = (
-        data.load(f"{root}/x.npz") for root in (tmp_path, upload(tmp_path))
-    )
+    local, remote = (data.load(f"{root}/x.npz") for root in (tmp_path, upload(tmp_path)))
     np.testing.assert_array_equal(remote.source.images, local.source.images)
     np.testing.assert_array_equal(remote.source.labels, local.source.labels)
     assert remote.notes == local.notes
@@ -213,8 +196,7 @@ def test_tfds_folder_in_a_bucket_is_loaded_as_the_local_one(
     local = write_records(tmp_path / "a", 20, static=True, per_shard=6)
     bucket = upload(tmp_path)
     here, there = (
-        data.load(root, "train[3:]", memory_limit=memory_limit)
-        for root in (local, f"{bucket}/a")
+        data.load(root, "train[3:]", memory_limit=memory_limit) for root in (local, f"{bucket}/a")
     )
     assert there.num_examples == here.num_examples == 17
     assert there.is_encoded == (memory_limit == 0)
@@ -247,15 +229,11 @@ def test_unreachable_bucket_is_outlined_from_imagenet(monkeypatch):
     monkeypatch.setattr(tf.io.gfile, "stat", fail)
     dataset = data.outline("gs://bucket/photos")
     assert "not here" in dataset.notes[0]
-    with pytest.raises(
-        ValueError, match="'gs://bucket/photos' cannot be read: no network.$"
-    ):
+    with pytest.raises(ValueError, match="'gs://bucket/photos' cannot be read: no network.$"):
         data.load("gs://bucket/photos")
 
 
-def test_image_that_may_not_be_read_is_unreadable_as_a_local_one_is(
-    tmp_path, upload, monkeypatch
-):
+def test_image_that_may_not_be_read_is_unreadable_as_a_local_one_is(tmp_path, upload, monkeypatch):
     names = [f"train/a/{i}.png" for i in range(3)]
     bucket = upload(write_pictures(tmp_path, names, size=(16, 16)))
 
@@ -321,9 +299,7 @@ def test_file_names_follow_local_links(tmp_path):
 
 @pytest.mark.parametrize("content", ["ü", b"\x00\xff"])
 @pytest.mark.parametrize("is_remote", [False, True])
-def test_write_whole_makes_the_folder_and_replaces_the_file(
-    tmp_path, upload, is_remote, content
-):
+def test_write_whole_makes_the_folder_and_replaces_the_file(tmp_path, upload, is_remote, content):
     bucket = upload(tmp_path)
     folder = f"{bucket}/new" if is_remote else str(tmp_path / "new")
     path = f"{folder}/file"

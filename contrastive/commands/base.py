@@ -18,10 +18,10 @@ class Command:
     Attributes:
         help: what it does, in one sentence.
         groups: the configuration groups that it reads.
-        prepare: checks all that can be refused and returns the work to do.
-            Raises ValueError, OSError or an error of TensorFlow.
-        inherits: from the values on the command line to values of the run that
-            is continued or evaluated, by name.
+        prepare: checks all that can be refused and returns the work to do. Raises ValueError,
+            OSError or an error of TensorFlow.
+        inherits: from the values on the command line to values of the run that is continued or
+            evaluated, by name.
     """
 
     help: str

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """--mode=check_tpu: finds out without a TPU whether a step fits a slice.
 
-TensorFlow lowers the step on this machine's CPU as the program that each of N
-replicas runs; libtpu, the compiler of the TPU itself, compiles it. Neither
-executes it.
+TensorFlow lowers the step on this machine's CPU as the program that each of N replicas runs;
+libtpu, the compiler of the TPU itself, compiles it. Neither executes it.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ compiler and the version that it has, whether such a slice is free.
 class StepToCheck:
     """A training step on a slice, without its data.
 
-    The session is on the host's CPU, its values are not completed; the dataset
-    is an outline of the training split.
+    The session is on the host's CPU, its values are not completed; the dataset is an outline of the
+    training split.
     """
 
     session: session_lib.Session
@@ -71,9 +70,7 @@ class StepToCheck:
             ValueError: if the batch does not suit the objective.
         """
         count = self.where.num_replicas
-        resolved = self.session.resolved.replace(
-            "check", train_batch_size=rows * count
-        )
+        resolved = self.session.resolved.replace("check", train_batch_size=rows * count)
         resolved = complete(resolved, self.dataset)
         return make_config(resolved, self.dataset, count)
 
@@ -81,9 +78,7 @@ class StepToCheck:
 def prepare(resolved: Resolved) -> Callable[[], None]:
     """Prepares the compilation of the training step; returns the work."""
     if not resolved["tpu_topology"]:
-        raise ValueError(
-            "--mode=check_tpu needs --tpu_topology, such as v5litepod-32."
-        )
+        raise ValueError("--mode=check_tpu needs --tpu_topology, such as v5litepod-32.")
     where = find_slice(resolved["tpu_topology"])
     tpu_compilation.require_compiler()
     step = open_step(resolved, where)
@@ -124,9 +119,7 @@ def compile_step(step: StepToCheck, rows: int) -> tpu_compilation.Compiled:
     started = time.monotonic()
     config, strategy = step.config(rows), step.session.strategy
     resolved = complete(step.session.resolved, step.dataset)
-    architecture = networks.make_architecture(
-        resolved, step.dataset.num_classes
-    )
+    architecture = networks.make_architecture(resolved, step.dataset.num_classes)
     built = networks.build_networks(resolved, architecture, strategy)
     chooses_labels = resolved["labelled_batch_share"] or any(
         resolved[name] is not None
@@ -144,9 +137,7 @@ def compile_step(step: StepToCheck, rows: int) -> tpu_compilation.Compiled:
         module = lowering.lower(program, spec, strategy)
     except (ValueError, tf.errors.OpError) as error:
         # An operation that XLA does not have, for instance.
-        return tpu_compilation.Compiled(
-            error=f"TensorFlow does not lower it: {error}"
-        )
+        return tpu_compilation.Compiled(error=f"TensorFlow does not lower it: {error}")
     lowered = time.monotonic()
     compiled = tpu_compilation.compile_for(step.where, module)
     logging.info(
@@ -277,10 +268,7 @@ def report(findings: Findings) -> str:
         counts = compiled.collectives.items()
         add(
             "collectives",
-            *(
-                f"{found['count']} {kind}, {_amount(found['bytes'], 'B')}"
-                for kind, found in counts
-            ),
+            *(f"{found['count']} {kind}, {_amount(found['bytes'], 'B')}" for kind, found in counts),
         )
     else:
         verdict = "not known" if compiled.crashed else "no"
@@ -292,9 +280,7 @@ def report(findings: Findings) -> str:
         most = findings.largest
         text = f"{most} images a replica, {most * count:,} a step"
         add("largest batch", text if most else "none that fits")
-    return "\n".join(lines) + _NOT_COVERED.format(
-        compiler=compiled.compiler or "libtpu"
-    )
+    return "\n".join(lines) + _NOT_COVERED.format(compiler=compiled.compiler or "libtpu")
 
 
 def _amount(value: float, unit: str) -> str:
@@ -314,8 +300,7 @@ def _memory_lines(findings: Findings) -> list[str]:
     if findings.small:
         share = tpu_compilation.recomputation(compiled, findings.small)
         lines.append(
-            f"the compiler added {share:+.1%} of operations, to fit: what is "
-            "left is no headroom"
+            f"the compiler added {share:+.1%} of operations, to fit: what is left is no headroom"
             if share > _RECOMPUTED
             else "nothing is computed again to fit"
         )
@@ -337,8 +322,7 @@ def _roofline_lines(findings: Findings) -> list[str]:
 
 
 CHECK_TPU = Command(
-    help="Compile the training step for --tpu_topology without a TPU, and "
-    "report whether it fits.",
+    help="Compile the training step for --tpu_topology without a TPU, and report whether it fits.",
     groups=(*schema.STEP_GROUPS, schema.Topology, schema.BatchSearch),
     prepare=prepare,
     inherits=inherit.from_checkpoint,

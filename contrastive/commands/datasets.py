@@ -80,8 +80,7 @@ def open_eval_data(resolved: Resolved) -> data.Dataset:
         found, _ = _find_eval_data(resolved)
         others = f" Split {found.split!r} has labels." if found else ""
         raise ValueError(
-            f"--eval_split={split} of {name} has no labels, or all of them "
-            f"are hidden.{others}"
+            f"--eval_split={split} of {name} has no labels, or all of them are hidden.{others}"
         )
     found, passed_over = _find_eval_data(resolved)
     if found is None:
@@ -116,16 +115,12 @@ def _find_eval_data(
         if dataset.has_labels():
             return dataset, reasons
         reasons.append(
-            f"labels of {split!r} are hidden"
-            if dataset.num_classes
-            else f"{split!r} has no labels"
+            f"labels of {split!r} are hidden" if dataset.num_classes else f"{split!r} has no labels"
         )
     return None, reasons
 
 
-def choose_labelled_ids(
-    resolved: Resolved, dataset: data.Dataset
-) -> np.ndarray | None:
+def choose_labelled_ids(resolved: Resolved, dataset: data.Dataset) -> np.ndarray | None:
     """Returns ids of the images whose labels pretraining may use; None: all.
 
     Raises:
@@ -155,23 +150,17 @@ def choose_labelled_ids(
             per_class=resolved["labels_per_class"],
             seed=resolved["seed"],
         )
-    logging.info(
-        "Labels of %d of %d images are used.", len(ids), dataset.num_examples
-    )
+    logging.info("Labels of %d of %d images are used.", len(ids), dataset.num_examples)
     return ids
 
 
 def _continues(resolved: Resolved, names: Sequence[str]) -> bool:
     """Returns whether `model_dir` holds a run with the same flags `names`."""
     before = run_record.read_run(resolved["model_dir"])
-    return before is not None and all(
-        before["flags"].get(name) == resolved[name] for name in names
-    )
+    return before is not None and all(before["flags"].get(name) == resolved[name] for name in names)
 
 
-def labelled_mask(
-    ids: np.ndarray | None, num_examples: int
-) -> np.ndarray | None:
+def labelled_mask(ids: np.ndarray | None, num_examples: int) -> np.ndarray | None:
     """Returns bool `[num_examples]`, True at the ids; None for None."""
     if ids is None:
         return None
@@ -180,9 +169,7 @@ def labelled_mask(
     return mask
 
 
-def held_out(
-    dataset: data.Dataset, count: int, seed: int
-) -> tuple[data.Dataset, data.Dataset]:
+def held_out(dataset: data.Dataset, count: int, seed: int) -> tuple[data.Dataset, data.Dataset]:
     """Splits a training split at random into a larger and a held-out part.
 
     The second has `count` examples, at most a tenth of all.

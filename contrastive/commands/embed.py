@@ -31,9 +31,7 @@ def prepare_embedding(resolved: Resolved) -> Callable[[], None]:
     features.check_output(resolved["output"], features.EMBEDDING_FORMATS)
     session, images = _open(resolved)
     with session.strategy.scope():
-        encoder = loading.load_encoder(
-            resolved["checkpoint"], target=resolved["evaluate_target"]
-        )
+        encoder = loading.load_encoder(resolved["checkpoint"], target=resolved["evaluate_target"])
 
     def write(outputs: features.Outputs) -> int:
         return features.write_embeddings(resolved["output"], images, outputs)
@@ -61,9 +59,7 @@ def prepare_prediction(resolved: Resolved) -> Callable[[], None]:
 def _check_input(resolved: Resolved) -> None:
     check_checkpoint(resolved)
     if not resolved["input"]:
-        raise ValueError(
-            f"--mode={resolved['mode']} needs --input, the images."
-        )
+        raise ValueError(f"--mode={resolved['mode']} needs --input, the images.")
 
 
 def _open(resolved: Resolved) -> tuple[session_lib.Session, data.Dataset]:

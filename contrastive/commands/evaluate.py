@@ -54,14 +54,12 @@ def _wait_for_run(directory: str, timeout_minutes: float) -> dict[str, Any]:
     """Waits until a trainer has written its `run.json`; returns it."""
     if run_record.is_file(directory):
         raise ValueError(
-            f"--model_dir={directory} is a file; --mode=eval needs the "
-            "directory of a run."
+            f"--model_dir={directory} is a file; --mode=eval needs the directory of a run."
         )
     run = run_record.read_run(directory)
     if run is None:
         logging.info(
-            "Waiting for a trainer to write run.json in %s "
-            "(--eval_timeout_minutes=%g) ...",
+            "Waiting for a trainer to write run.json in %s (--eval_timeout_minutes=%g) ...",
             directory,
             timeout_minutes,
         )

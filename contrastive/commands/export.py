@@ -37,9 +37,7 @@ def prepare(resolved: Resolved) -> Callable[[], None]:
     if size is None:
         is_small = architecture.stem == "cifar"
         size = LARGEST_SMALL_IMAGE if is_small else IMAGENET_SIZE
-    directory = resolved["export_dir"] or os.path.join(
-        run_record.run_directory(path), "export"
-    )
+    directory = resolved["export_dir"] or os.path.join(run_record.run_directory(path), "export")
     run = run_record.read_run(path) or {}
     flags = run.get("flags", {})
     about = {
@@ -51,9 +49,7 @@ def prepare(resolved: Resolved) -> Callable[[], None]:
     images = _images(size, architecture.channels)
 
     def work() -> None:
-        results = export.write(
-            networks, directory, resolved["format"], images, about
-        )["formats"]
+        results = export.write(networks, directory, resolved["format"], images, about)["formats"]
         sys.stdout.write(export.table(results) + "\n")
         refused = [name for name in results if "refused" in results[name]]
         if refused:

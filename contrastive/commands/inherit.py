@@ -15,9 +15,7 @@ from contrastive.encoders.architecture import Architecture
 _SETS = {"networks": ("networks",), "data": ("networks", "data")}
 
 
-def recorded(
-    run: dict[str, Any], which: Literal["networks", "data"]
-) -> dict[str, Any]:
+def recorded(run: dict[str, Any], which: Literal["networks", "data"]) -> dict[str, Any]:
     """Returns values of a run's record, the content of `run.json`.
 
     `which` is as `contrastive.config.fields.Info.inherit`.
@@ -63,9 +61,7 @@ def from_checkpoint(
         return recorded(run, which)
     from contrastive.weights import loading
 
-    found = loading.read_published(
-        path, target=given.get("evaluate_target", False)
-    )
+    found = loading.read_published(path, target=given.get("evaluate_target", False))
     if found:
         flags = networks.architecture_flags(found.architecture)
         return recorded({"flags": flags}, which)
@@ -81,6 +77,5 @@ def check_checkpoint(path: str) -> None:
     """Raises ValueError if there is nothing at the path of a checkpoint."""
     if not _exists(path):
         raise ValueError(
-            f"No checkpoint at {path!r}. There is neither such a directory nor "
-            "such a file."
+            f"No checkpoint at {path!r}. There is neither such a directory nor such a file."
         )

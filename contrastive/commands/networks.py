@@ -16,9 +16,7 @@ with epy.lazy_imports():
     import tensorflow as tf
 
 
-def make_architecture(
-    resolved: Resolved, num_classes: int
-) -> model.Architecture:
+def make_architecture(resolved: Resolved, num_classes: int) -> model.Architecture:
     """Returns the architecture that completed values describe.
 
     `num_classes` is the number of the training data's; 0 without labels.
@@ -56,8 +54,7 @@ def build_networks(
         return model.build_networks(
             architecture,
             rematerialize=resolved["remat"],
-            differentiable_twice=pretrains
-            and resolved.objective_type.differentiates_twice,
+            differentiable_twice=pretrains and resolved.objective_type.differentiates_twice,
         )
 
     with strategy.scope():

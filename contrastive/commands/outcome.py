@@ -28,8 +28,8 @@ EXIT_USAGE = 2
 _EXIT_DIVERGED = 3
 _EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
-# Text of TensorFlow's errors when a bucket cannot be reached; their classes
-# vary, and some become the text of other errors.
+# Text of TensorFlow's errors when a bucket cannot be reached; their classes vary, and some become
+# the text of other errors.
 _NO_CONNECTION = "libcurl code"
 # Errors of a connection, or of a disk on another machine, that may pass.
 _NO_ANSWER = (ConnectionError, TimeoutError)
@@ -76,9 +76,7 @@ def _outcome_of_preparing(error: Exception) -> tuple[int, str] | None:
     """Returns exit code and message; None for a defect of this program."""
     if lost := _lost(error):
         return lost
-    is_tensorflow_s = _tensorflow_is_loaded() and isinstance(
-        error, tf.errors.OpError
-    )
+    is_tensorflow_s = _tensorflow_is_loaded() and isinstance(error, tf.errors.OpError)
     if isinstance(error, (ValueError, OSError)) or is_tensorflow_s:
         return EXIT_USAGE, f"Error: {_one_paragraph(error)}"
     return None
@@ -146,9 +144,7 @@ def _lost(error: Exception) -> tuple[int, str] | None:
         or _NO_CONNECTION in str(error)
     ):
         return _EXIT_TRY_AGAIN, _no_answer(error)
-    if not _tensorflow_is_loaded() or not strategies.is_lost(
-        error, strategies.last_made()
-    ):
+    if not _tensorflow_is_loaded() or not strategies.is_lost(error, strategies.last_made()):
         return None
     return _EXIT_TRY_AGAIN, (
         "Lost the TPU or another machine, perhaps to preemption: "

@@ -57,10 +57,8 @@ def describe(resolved: Resolved) -> str:
         + "".join(f"; {note}" for note in found.notes),
         **_sweep(resolved),
         "devices": where,
-        "steps": f"{config.train_steps:,}, of them {warmup:,} of warm-up; "
-        f"{epochs:.4g} epochs",
-        "batch": f"{config.batch_size:,} images; a core: "
-        + _per_core(config, replicas),
+        "steps": f"{config.train_steps:,}, of them {warmup:,} of warm-up; {epochs:.4g} epochs",
+        "batch": f"{config.batch_size:,} images; a core: " + _per_core(config, replicas),
         "learning rate": f"{config.peak_learning_rate:.4g} at most, "
         f"{config.learning_rate_schedule}, {config.optimizer}, weight decay "
         f"{config.weight_decay:g}",
@@ -75,9 +73,7 @@ def _data_facts(resolved: Resolved) -> facts.Facts | data.Dataset:
     """Returns what is known of the training data without reading it."""
     name, split = resolved["dataset"], resolved["train_split"]
     directory, channels = resolved["data_dir"], resolved.known("channels")
-    found = facts.known_facts(
-        name, split, data_dir=directory, channels=channels
-    )
+    found = facts.known_facts(name, split, data_dir=directory, channels=channels)
     if found is not None:
         return found
     return data.outline(name, split, data_dir=directory, channels=channels)
@@ -86,10 +82,8 @@ def _data_facts(resolved: Resolved) -> facts.Facts | data.Dataset:
 def _what(resolved: Resolved) -> str:
     encoder = resolved["encoder"]
     if encoder == "resnet":
-        encoder = (
-            f"ResNet-{resolved['resnet_depth']} "
-            f"x{resolved['width_multiplier']:g}"
-            + (", selective kernels" if resolved["sk_ratio"] else "")
+        encoder = f"ResNet-{resolved['resnet_depth']} x{resolved['width_multiplier']:g}" + (
+            ", selective kernels" if resolved["sk_ratio"] else ""
         )
     if resolved["train_mode"] == "finetune":
         return f"classifier on {resolved['checkpoint'] or 'no checkpoint'}"
@@ -125,9 +119,7 @@ def _devices(resolved: Resolved) -> tuple[str, int | None]:
         cpu_replicas=cpu_replicas,
         must_exist=False,
     )
-    count = selection.num_replicas(
-        name, num_gpus=num_gpus, cpu_replicas=cpu_replicas
-    )
+    count = selection.num_replicas(name, num_gpus=num_gpus, cpu_replicas=cpu_replicas)
     known = "as many cores as there are"
     if count:
         known = "1 replica" if count == 1 else f"{count} replicas"
@@ -141,10 +133,7 @@ def _per_core(config: TrainConfig, replicas: int | None) -> str:
     if replicas:
         return f"{config.batch_size // replicas:,}{more}"
     possible = (n for n in _NUM_CORES if config.batch_size % (n * parts) == 0)
-    return (
-        ", ".join(f"{config.batch_size // n:,} with {n}" for n in possible)
-        + more
-    )
+    return ", ".join(f"{config.batch_size // n:,} with {n}" for n in possible) + more
 
 
 def _num_checkpoints(config: TrainConfig) -> int:
@@ -154,14 +143,10 @@ def _num_checkpoints(config: TrainConfig) -> int:
 
 def _checkpoints(config: TrainConfig, resolved: Resolved) -> str:
     directory = resolved["model_dir"]
-    every = (
-        f"{_num_checkpoints(config):,}, every {config.checkpoint_steps:,} steps"
-    )
+    every = f"{_num_checkpoints(config):,}, every {config.checkpoint_steps:,} steps"
     if config.checkpoint_minutes:
         every = f"every {config.checkpoint_minutes:g} minutes"
-    kept = (
-        f"{every}, the last {config.keep_checkpoint_max} kept, in {directory}; "
-    )
+    kept = f"{every}, the last {config.keep_checkpoint_max} kept, in {directory}; "
     reason = storage.why_unreachable(directory)
     if reason:
         return f"{kept}it is unknown whether there is a checkpoint: {reason}"

@@ -34,9 +34,7 @@ _NOWHERE = "none"  # as --feature_cache
 def check_checkpoint(resolved: Resolved) -> None:
     """Raises ValueError unless --checkpoint names what a mode reads."""
     if resolved["checkpoint"] in (None, "", FROM_SCRATCH):
-        raise ValueError(
-            f"--mode={resolved['mode']} needs --checkpoint, the run to look at."
-        )
+        raise ValueError(f"--mode={resolved['mode']} needs --checkpoint, the run to look at.")
     inherit.check_checkpoint(resolved["checkpoint"])
 
 
@@ -108,9 +106,7 @@ def _encoders(resolved: Resolved) -> dict[str, keras.Model | None]:
     return {
         "raw pixels": None,
         "random encoder": model.encoder_of_images(untrained),
-        "pretrained encoder": loading.load_encoder(
-            path, target=resolved["evaluate_target"]
-        ),
+        "pretrained encoder": loading.load_encoder(path, target=resolved["evaluate_target"]),
     }
 
 

@@ -35,8 +35,8 @@ def make_record(
 ) -> dict[str, Any]:
     """Returns the content of `run.json`.
 
-    `reports_flags` says whether flags that differ from those of the run in the
-    directory are logged.
+    `reports_flags` says whether flags that differ from those of the run in the directory are
+    logged.
 
     Raises:
         ValueError: if the directory holds a run of other networks.
@@ -65,9 +65,7 @@ def make_record(
     return now
 
 
-def write_record(
-    session: Session, record: dict[str, Any], labelled_ids: np.ndarray | None
-) -> None:
+def write_record(session: Session, record: dict[str, Any], labelled_ids: np.ndarray | None) -> None:
     """Writes `run.json` and the ids of the labelled images."""
     if not session.is_chief:
         return

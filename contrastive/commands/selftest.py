@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """--mode=selftest: compares a few steps on all devices with the same on one.
 
-It shows that BatchNorm, the loss and the gradients are those of the global
-batch on the machine at hand. Each side runs in a process of its own, because
-two strategies cannot share one.
+It shows that BatchNorm, the loss and the gradients are those of the global batch on the machine at
+hand. Each side runs in a process of its own, because two strategies cannot share one.
 """
 
 from __future__ import annotations
@@ -36,19 +35,15 @@ with epy.lazy_imports():
     from contrastive.devices import strategies
     from contrastive.training import tracing
 
-_PROGRAM = (
-    "import sys; from contrastive.commands import selftest; "
-    "selftest.main(*sys.argv[1:])"
-)
+_PROGRAM = "import sys; from contrastive.commands import selftest; selftest.main(*sys.argv[1:])"
 _ROOT = str(Path(__file__).resolve().parents[2])
 EXIT_DIFFERS = 1
 # Images per replica: few, so that it takes a minute.
 _IMAGES = 8
 _LEARNING_RATE = 0.01
-# Largest relative errors of the first step, and of later ones, which amplify
-# rounding where a unit crosses its ReLU's kink. Statistics of a replica's own
-# images, a forgotten factor or a lost gradient differ by tens of per cent in
-# the first step.
+# Largest relative errors of the first step, and of later ones, which amplify rounding where a unit
+# crosses its ReLU's kink. Statistics of a replica's own images, a forgotten factor or a lost
+# gradient differ by tens of per cent in the first step.
 _TOLERANCES = {False: (0.01, 0.1), True: (0.1, 0.5)}  # by mixed precision
 _WHERE_TO_LOOK = (
     "They differ: do not train on these devices. With --global_bn=false or "
@@ -145,22 +140,18 @@ def _in_a_process(
     if code:
         which = "one device" if first_alone else "all devices"
         raise ProcessFailed(
-            f"The steps on {which} ended with exit code {code}; see the error "
-            "above."
+            f"The steps on {which} ended with exit code {code}; see the error above."
         )
     with np.load(answered) as file:
         return dict(file)
 
 
-def run_steps(
-    resolved: Resolved, batch_size: int | None, first_alone: bool
-) -> tracing.Traced:
+def run_steps(resolved: Resolved, batch_size: int | None, first_alone: bool) -> tracing.Traced:
     """Returns the trace of the steps that the flags describe.
 
-    It differs from the flags: the batch is small unless it is given; every
-    objective is trained by LARS with a rate for the scale of its loss, under
-    which all of them move by more than rounding and none explodes; the target
-    follows fast.
+    It differs from the flags: the batch is small unless it is given; every objective is trained by
+    LARS with a rate for the scale of its loss, under which all of them move by more than rounding
+    and none explodes; the target follows fast.
     """
     if not resolved["mixed_precision"]:
         # The rounding of TF32 on GPUs would be amplified by the few images.
@@ -184,9 +175,7 @@ def run_steps(
     state = train.create_state(run, config)
     return tracing.trace(config, state, session.strategy, stream) | {
         "batch_size": np.array(config.batch_size),
-        "devices": np.array(
-            f"{type(session.strategy).__name__} of {count} replicas"
-        ),
+        "devices": np.array(f"{type(session.strategy).__name__} of {count} replicas"),
     }
 
 

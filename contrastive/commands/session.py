@@ -46,9 +46,7 @@ class Session:
         """Returns the session with other values of the flags."""
         return dataclasses.replace(self, resolved=resolved)
 
-    def distributed(
-        self, make_stream: Callable[..., tf.data.Dataset]
-    ) -> tf.data.Dataset:
+    def distributed(self, make_stream: Callable[..., tf.data.Dataset]) -> tf.data.Dataset:
         """Returns the batches of `make_stream`, one part for each replica."""
         return self.strategy.distribute_datasets_from_function(
             lambda context: make_stream(
@@ -93,8 +91,8 @@ class Session:
 def open_session(resolved: Resolved, *, first_alone: bool = False) -> Session:
     """Chooses the devices, sets up TensorFlow and returns the session.
 
-    To be called before anything else is done with TensorFlow. `first_alone`
-    says whether only the first of the devices is used.
+    To be called before anything else is done with TensorFlow. `first_alone` says whether only the
+    first of the devices is used.
 
     Raises:
         ValueError: if the devices are not available.
@@ -146,18 +144,15 @@ def _with_devices(resolved: Resolved) -> Resolved:
     if name == "multi_worker" and (sweeps or not trains):
         what = "a sweep" if sweeps else f"--mode={mode}"
         raise ValueError(
-            f"Several machines train; {what} runs on one: "
-            "--strategy=mirrored or one_device."
+            f"Several machines train; {what} runs on one: --strategy=mirrored or one_device."
         )
-    resolved = resolved.replace(
-        resolved.origins["strategy"], strategy=name
-    ).replace(resolved.origins["use_tpu"], use_tpu=uses_tpu)
+    resolved = resolved.replace(resolved.origins["strategy"], strategy=name).replace(
+        resolved.origins["use_tpu"], use_tpu=uses_tpu
+    )
     return _numerics_derived(resolved, bool(gpus), uses_tpu=uses_tpu)
 
 
-def _numerics_derived(
-    resolved: Resolved, has_gpu: bool, *, uses_tpu: bool
-) -> Resolved:
+def _numerics_derived(resolved: Resolved, has_gpu: bool, *, uses_tpu: bool) -> Resolved:
     on_cpu = not has_gpu and not uses_tpu
     alone = has_gpu and resolved["strategy"] == "one_device"
     return resolved.derived(deterministic=on_cpu, jit_compile=alone)
@@ -169,9 +164,7 @@ def set_numerics(resolved: Resolved) -> None:
         tf.config.experimental.enable_op_determinism()
         # Sums that it rewrites come out different from one call to the
         # next on several threads (TensorFlow 2.20 on a CPU).
-        tf.config.optimizer.set_experimental_options(
-            {"arithmetic_optimization": False}
-        )
+        tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(resolved["seed"])
     if resolved["mixed_precision"]:
         keras.mixed_precision.set_global_policy("mixed_bfloat16")

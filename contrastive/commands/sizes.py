@@ -23,9 +23,8 @@ def network_sizes(architecture: Architecture) -> dict[str, Sizes] | None:
     """Computes the sizes of the networks that `model.build_networks` builds.
 
     Returns:
-        Sizes by network, named as in `model.Networks.models`, where a target
-        network counts like its online network; None if the size of the encoder
-        is only known once it has been built.
+        Sizes by network, named as in `model.Networks.models`, where a target network counts like
+        its online network; None if the size of the encoder is only known once it has been built.
     """
     if architecture.encoder != "resnet":
         return None
@@ -52,9 +51,9 @@ def trained_numbers(
 ) -> tuple[int, int] | None:
     """Computes how many numbers each of the two optimizers trains.
 
-    With `finetune`, a classifier is trained, and the encoder is frozen as by
-    `resnet.freeze`; otherwise the encoder is pretrained. Returns the counts of
-    the networks and of the classifier, or None as `network_sizes` does.
+    With `finetune`, a classifier is trained, and the encoder is frozen as by `resnet.freeze`;
+    otherwise the encoder is pretrained. Returns the counts of the networks and of the classifier,
+    or None as `network_sizes` does.
     """
     if (sizes := network_sizes(architecture)) is None:
         return None
@@ -70,9 +69,7 @@ def trained_numbers(
     return count, sizes.get("classifier", Sizes()).trainable
 
 
-def optimizer_numbers(
-    optimizer: str, trained: int, *, momentum: float = 0.9
-) -> int:
+def optimizer_numbers(optimizer: str, trained: int, *, momentum: float = 0.9) -> int:
     """Counts the float32 numbers that "lars", "momentum" or "adam" keeps.
 
     "momentum" keeps nothing of the numbers that it trains if `momentum` is 0.
@@ -119,17 +116,13 @@ def _stem(a: Architecture, outputs: int) -> Sizes:
     return _sum([_conv(3, *conv) for conv in convs])
 
 
-def _block(
-    a: Architecture, inputs: int, group: int, *, is_first: bool
-) -> tuple[int, list[Sizes]]:
+def _block(a: Architecture, inputs: int, group: int, *, is_first: bool) -> tuple[int, list[Sizes]]:
     """Computes the output channels and the sizes of the layers of a block."""
     bottleneck = encoders.ARCHITECTURES[a.resnet_depth][1]
     f = encoders.scaled_filters(a.base_filters[group], a.width_multiplier)
     outputs = f * encoders.BOTTLENECK_EXPANSION if bottleneck else f
     basic = [(3, inputs, f), (3, f, outputs)]
-    convs = (
-        [(1, inputs, f), (3, f, f), (1, f, outputs)] if bottleneck else basic
-    )
+    convs = [(1, inputs, f), (3, f, f), (1, f, outputs)] if bottleneck else basic
     layers = []
     if bottleneck and a.sk_ratio > 0:
         mix = encoders.selective_kernel_filters(f, a.sk_ratio)

@@ -29,10 +29,7 @@ def prepare(run: TrainingRun) -> Callable[[], None]:
     }
 
     def work() -> None:
-        accuracies = {
-            name: _accuracy(_trial(run, name, values))
-            for name, values in trials.items()
-        }
+        accuracies = {name: _accuracy(_trial(run, name, values)) for name, values in trials.items()}
         best = max(accuracies, key=lambda name: accuracies[name])
         logging.info("Sweep: held-out top-1 %s; %s.", accuracies, best)
         storage.write_whole(
@@ -50,9 +47,7 @@ def prepare(run: TrainingRun) -> Callable[[], None]:
 
     # Before any compute: this checks everything.
     if resolved["mode"] == "train_then_eval":
-        session_lib.check_classes(
-            run.architecture, run.train_data.split, run.opened_eval_data()
-        )
+        session_lib.check_classes(run.architecture, run.train_data.split, run.opened_eval_data())
     for values in trials.values():
         config = run.config(**values)
     record.make_record(
@@ -67,18 +62,14 @@ def prepare(run: TrainingRun) -> Callable[[], None]:
     return work
 
 
-def _trial(
-    run: TrainingRun, name: str, values: dict[str, float]
-) -> TrainingRun:
+def _trial(run: TrainingRun, name: str, values: dict[str, float]) -> TrainingRun:
     """Returns a run that is evaluated on images held out of training."""
     resolved = run.resolved
     directory = os.path.join(resolved["model_dir"], "sweep", name)
     train_data, held_out = datasets.held_out(
         run.train_data, resolved["held_out_examples"], resolved["seed"]
     )
-    trial = resolved.replace(
-        "sweep", model_dir=directory, mode="train", **values
-    )
+    trial = resolved.replace("sweep", model_dir=directory, mode="train", **values)
     return dataclasses.replace(
         run,
         session=run.session.with_resolved(trial),

@@ -78,9 +78,7 @@ class TrainingRun:
     @functools.cached_property
     def architecture(self) -> model.Architecture:
         """The architecture of the networks."""
-        return networks.make_architecture(
-            self.resolved, self.train_data.num_classes
-        )
+        return networks.make_architecture(self.resolved, self.train_data.num_classes)
 
     def config(self, **values: Any) -> TrainConfig:
         """Returns the configuration of the loop, with other values of flags."""
@@ -91,8 +89,8 @@ class TrainingRun:
             self.train_data,
             self.session.num_replicas,
             jit_compile=resolved["jit_compile"],
-            # Compiled by XLA, convolutions are slower on a CPU, chains of
-            # pointwise operations several times faster.
+            # Compiled by XLA, convolutions are slower on a CPU, chains of pointwise operations
+            # several times faster.
             jit_augmentation=not uses_accelerator,
         )
 
@@ -134,8 +132,8 @@ def prepare_training(
 
     Args:
         run: the run.
-        is_trial: whether it is a trial of a sweep, which is followed by
-            others; a signal stops them as well.
+        is_trial: whether it is a trial of a sweep, which is followed by others; a signal stops them
+            as well.
     """
     resolved, session = run.resolved, run.session
     config, architecture = run.config(), run.architecture
@@ -150,9 +148,7 @@ def prepare_training(
         max_to_keep=config.keep_checkpoint_max,
         saves=session.is_chief,
     )
-    content_of_record = record.make_record(
-        session, architecture, run.train_data, config
-    )
+    content_of_record = record.make_record(session, architecture, run.train_data, config)
     # Before anything is written over: this may find that they do not fit.
     checkpoints.restore_latest()
     record.write_record(session, content_of_record, run.labelled_ids)
@@ -173,9 +169,7 @@ def prepare_training(
             loop.train(
                 config,
                 state,
-                lambda step: session.distributed(
-                    functools.partial(make_stream, first_step=step)
-                ),
+                lambda step: session.distributed(functools.partial(make_stream, first_step=step)),
                 session.strategy,
                 checkpoints,
                 reporter,
@@ -198,26 +192,18 @@ def prepare_training(
 
 def create_state(run: TrainingRun, config: TrainConfig) -> state_lib.TrainState:
     """Returns the state at the start of a training, with fresh weights."""
-    built = networks.build_networks(
-        run.resolved, run.architecture, run.session.strategy
-    )
+    built = networks.build_networks(run.resolved, run.architecture, run.session.strategy)
     with run.session.strategy.scope():
         return state_lib.TrainState.create(
             config,
             built,
-            labelled=datasets.labelled_mask(
-                run.labelled_ids, run.train_data.num_examples
-            ),
+            labelled=datasets.labelled_mask(run.labelled_ids, run.train_data.num_examples),
         )
 
 
-def stream_maker(
-    run: TrainingRun, config: TrainConfig
-) -> Callable[..., tf.data.Dataset]:
+def stream_maker(run: TrainingRun, config: TrainConfig) -> Callable[..., tf.data.Dataset]:
     """Returns `data.train_stream` with the arguments of a run."""
-    labelled_per_batch = round(
-        run.resolved["labelled_batch_share"] * config.batch_size
-    )
+    labelled_per_batch = round(run.resolved["labelled_batch_share"] * config.batch_size)
     return functools.partial(
         data.train_stream,
         run.train_data,

@@ -17,10 +17,9 @@ _CHOICES = {"brightness_mode": BRIGHTNESS_MODES, "mask_fill": MASK_FILLS}
 class Augmentation:
     """Settings of one view; the operations run in this order.
 
-    Crop and resize, flip, colour jitter (four operations in random order,
-    each clipped to [0, 1]), grayscale, blur, solarize. Saturation, hue and
-    grayscale are for three channels only. The defaults are SimCLR's at colour
-    strength 1. U is the uniform distribution.
+    Crop and resize, flip, colour jitter (four operations in random order, each clipped to [0, 1]),
+    grayscale, blur, solarize. Saturation, hue and grayscale are for three channels only. The
+    defaults are SimCLR's at colour strength 1. U is the uniform distribution.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -31,17 +30,16 @@ class Augmentation:
     # Smallest and largest share of the image in a crop, and width / height.
     crop_area: tuple[float, float] = (0.08, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    # `min_object_covered` of `tf.image.sample_distorted_bounding_box`: crops
-    # of a smaller share are drawn again.
+    # `min_object_covered` of `tf.image.sample_distorted_bounding_box`: crops of a smaller share are
+    # drawn again.
     crop_min_covered: float = 0.1
     flip_probability: float = 0.5  # of a left-right flip
     jitter_probability: float = 0.8  # of the four colour operations together
-    # b: the image is multiplied by U(max(1 - b, 0), 1 + b) (SimCLR), or
-    # U(-b, b) is added to it (BYOL, SimCLR's first version).
+    # b: the image is multiplied by U(max(1 - b, 0), 1 + b) (SimCLR), or U(-b, b) is added to it
+    # (BYOL, SimCLR's first version).
     brightness: float = 0.8
     brightness_mode: str = "multiplicative"  # or "additive"
-    # c, at most 1: multiplies distances from the mean of each channel by
-    # U(1 - c, 1 + c).
+    # c, at most 1: multiplies distances from the mean of each channel by U(1 - c, 1 + c).
     contrast: float = 0.8
     saturation: float = 0.8  # s <= 1: multiplies HSV's by U(1 - s, 1 + s)
     hue: float = 0.2  # h <= 0.5: shifts HSV's by U(-h, h) full circles
@@ -82,14 +80,12 @@ def simclr_augmentation(
 ) -> Augmentation:
     """Makes SimCLR's augmentation, the same for both views.
 
-    The `strength` of the colour jitter, between 0 and 1.25, is 1 for ImageNet
-    and 0.5 for CIFAR, which SimCLR does not blur either. `size` and `overrides`
-    are fields of `Augmentation`.
+    The `strength` of the colour jitter, between 0 and 1.25, is 1 for ImageNet and 0.5 for CIFAR,
+    which SimCLR does not blur either. `size` and `overrides` are fields of `Augmentation`.
 
-    Source: Chen et al., arXiv:2002.05709, appendix A; google-research/simclr,
-    tf2/data_util.py. Differs from it: sigma of the blur is drawn for each
-    image instead of once for a batch, so that a view does not depend on the
-    batch it is in.
+    Source: Chen et al., arXiv:2002.05709, appendix A; google-research/simclr, tf2/data_util.py.
+    Differs from it: sigma of the blur is drawn for each image instead of once for a batch, so that
+    a view does not depend on the batch it is in.
     """
     settings: dict[str, Any] = {
         "size": size,
@@ -102,17 +98,15 @@ def simclr_augmentation(
     return Augmentation(**(settings | overrides))
 
 
-def byol_augmentation(
-    size: int, *, view: int, **overrides: Any
-) -> Augmentation:
+def byol_augmentation(size: int, *, view: int, **overrides: Any) -> Augmentation:
     """Makes BYOL's augmentation of one of the two views.
 
-    `view` is 0 for the paper's T (always blurred) and 1 for T' (rarely blurred,
-    sometimes solarized); `size` and `overrides` are fields of `Augmentation`.
+    `view` is 0 for the paper's T (always blurred) and 1 for T' (rarely blurred, sometimes
+    solarized); `size` and `overrides` are fields of `Augmentation`.
 
-    Source: Grill et al., arXiv:2006.07733, table 6; deepmind-research,
-    byol/utils/augmentations.py. The paper draws the logarithm of the aspect
-    ratio of a crop uniformly; its code, and so do we, the ratio itself.
+    Source: Grill et al., arXiv:2006.07733, table 6; deepmind-research, byol/utils/augmentations.py.
+    The paper draws the logarithm of the aspect ratio of a crop uniformly; its code, and so do we,
+    the ratio itself.
 
     Raises:
         ValueError: if `view` is neither 0 nor 1.
@@ -132,16 +126,13 @@ def byol_augmentation(
     return dataclasses.replace(base, **overrides)
 
 
-def relic_pytorch_augmentation(
-    size: int, *, solarize: bool, **overrides: Any
-) -> Augmentation:
+def relic_pytorch_augmentation(size: int, *, solarize: bool, **overrides: Any) -> Augmentation:
     """Makes the augmentation of filipbasara0/relic; large views `solarize`.
 
     `size` and `overrides` are fields of `Augmentation`.
 
-    Source: filipbasara0/relic, relic/aug.py. Differs from it: crops are drawn
-    as SimCLR's (see `data_util.random_crop_boxes`), and contrast is of each
-    channel.
+    Source: filipbasara0/relic, relic/aug.py. Differs from it: crops are drawn as SimCLR's (see
+    `data_util.random_crop_boxes`), and contrast is of each channel.
     """
     base = Augmentation(
         size=size,

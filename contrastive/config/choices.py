@@ -19,8 +19,8 @@ PROJECTION_MODES = (*SIMCLR_MODES, "mlp")
 MLP_NORMS = ("none", "hidden", "all")
 TARGET_BNS = ("batch", "average")
 
-# Fields of `contrastive.config.augmentation.Augmentation`, and the estimators
-# of `contrastive.sources.masks`.
+# Fields of `contrastive.config.augmentation.Augmentation`, and the estimators of
+# `contrastive.sources.masks`.
 BRIGHTNESS_MODES = ("multiplicative", "additive")
 MASK_FILLS = ("zero", "mean", "noise")
 SALIENCY_ESTIMATORS = ("spectral", "frequency_tuned")

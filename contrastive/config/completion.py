@@ -47,8 +47,7 @@ def complete(resolved: Resolved, data: DataFacts) -> Resolved:
     resolved = resolved.replace(origin, channels=data.channels)
     if resolved["normalize"] == "imagenet" and data.channels != 3:
         raise ValueError(
-            "--normalize=imagenet is for 3 channels. Received images of "
-            f"{data.channels}."
+            f"--normalize=imagenet is for 3 channels. Received images of {data.channels}."
         )
     is_small = image_size <= LARGEST_SMALL_IMAGE
     resolved = resolved.derived(stem="cifar" if is_small else "imagenet")

@@ -17,12 +17,8 @@ def modes(*names: str) -> Condition:
 
 def flag(name: str, *allowed: object) -> Condition:
     """Holds if a flag has one of the allowed values."""
-    values = " or ".join(
-        str(x).lower() if isinstance(x, bool) else str(x) for x in allowed
-    )
-    return Condition(
-        f"with --{name}={values}", lambda v: v[name] in allowed, (name,)
-    )
+    values = " or ".join(str(x).lower() if isinstance(x, bool) else str(x) for x in allowed)
+    return Condition(f"with --{name}={values}", lambda v: v[name] in allowed, (name,))
 
 
 def given(*names: str) -> Condition:
@@ -77,12 +73,8 @@ def sweeps(values: Values) -> bool:
 
 _SWEEP = ("mode", "train_mode", "sweep_learning_rate", "sweep_train_epochs")
 
-PRETRAINING = Condition(
-    "in pretraining", lambda v: v["train_mode"] == "pretrain", ("train_mode",)
-)
-FINE_TUNING = Condition(
-    "in fine-tuning", lambda v: v["train_mode"] == "finetune", ("train_mode",)
-)
+PRETRAINING = Condition("in pretraining", lambda v: v["train_mode"] == "pretrain", ("train_mode",))
+FINE_TUNING = Condition("in fine-tuning", lambda v: v["train_mode"] == "finetune", ("train_mode",))
 MULTI_VIEW = Condition(
     "to objectives of any number of views",
     lambda v: v["objective_type"].multi_view,
@@ -121,9 +113,7 @@ NO_EPOCHS_SWEEP = Condition(
 )
 CLASSIFIER = Condition(
     "in fine-tuning, or with --lineareval_while_pretraining",
-    lambda v: (
-        v["train_mode"] == "finetune" or v["lineareval_while_pretraining"]
-    ),
+    lambda v: v["train_mode"] == "finetune" or v["lineareval_while_pretraining"],
     ("train_mode", "lineareval_while_pretraining"),
 )
 COLOR = Condition(
@@ -196,9 +186,6 @@ STRATEGY = Condition(
 )
 NAMED_TPU = Condition(
     "to a TPU that is named by --tpu_name, --master or TPU_NAME",
-    lambda v: (
-        v["use_tpu"] is not False
-        and (_tpu_is_named(v) or bool(os.environ.get("TPU_NAME")))
-    ),
+    lambda v: v["use_tpu"] is not False and (_tpu_is_named(v) or bool(os.environ.get("TPU_NAME"))),
     ("use_tpu", "tpu_name", "master"),
 )

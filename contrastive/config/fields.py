@@ -7,10 +7,9 @@ A configuration dataclass declares each of its values once:
     class Optimization:
         momentum: float = field(0.9, "Momentum.", minimum=0, maximum=1)
 
-The command-line flag, its help text, its parser, the check of its bounds and
-the warning about a flag without effect are all made from that declaration.
-Instead of by an argument, the help may be given by the class's docstring: under
-"Attributes:", or, of a class with one field, as a whole.
+The command-line flag, its help text, its parser, the check of its bounds and the warning about a
+flag without effect are all made from that declaration. Instead of by an argument, the help may be
+given by the class's docstring: under "Attributes:", or, of a class with one field, as a whole.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class Condition:
 
     Attributes:
         text: completes the sentence "It applies only ...".
-        holds: returns whether the condition holds, from the values of all
-            fields by name and, as "objective_type", the class of the objective.
+        holds: returns whether the condition holds, from the values of all fields by name and, as
+            "objective_type", the class of the objective.
         on: names of the fields that it depends on.
     """
 
@@ -80,10 +79,9 @@ class Info:
         ascending: whether the elements of a tuple must not decrease.
         check: raises ValueError for an element that is no value.
         applies: conditions, all of which must hold for an effect.
-        inherit: whether a run that starts from another one takes over the
-            value: "never"; "networks", for all that start from its networks;
-            "data", for those that also evaluate on its data; None: as the
-            group says.
+        inherit: whether a run that starts from another one takes over the value: "never";
+            "networks", for all that start from its networks; "data", for those that also evaluate
+            on its data; None: as the group says.
     """
 
     help: str = ""
@@ -211,8 +209,8 @@ def group(
 ) -> Callable[[type[T]], type[T]]:
     """Makes a class a frozen configuration dataclass.
 
-    The topic is the title of its flags in the help. All its fields have the
-    conditions, and `inherit` unless they have their own; see `Info`.
+    The topic is the title of its flags in the help. All its fields have the conditions, and
+    `inherit` unless they have their own; see `Info`.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -251,14 +249,11 @@ def fields_of(cls: type) -> dict[str, Field]:
 
 def _texts(cls: type) -> dict[str, str]:
     """Returns what the docstring of a class says about its attributes."""
-    about, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition(
-        "\n\nAttributes:\n"
-    )
+    about, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("\n\nAttributes:\n")
     parts = re.split(r"^ {4}(\w+): ", attributes, flags=re.MULTILINE)[1:]
     texts = parts or [item.name for item in dataclasses.fields(cls)] + [about]
     return {
-        name: " ".join(text.split())
-        for name, text in zip(texts[::2], texts[1::2], strict=False)
+        name: " ".join(text.split()) for name, text in zip(texts[::2], texts[1::2], strict=False)
     }
 
 
@@ -267,13 +262,9 @@ def _hint(cls: type, name: str) -> Any:
 
     Those of class variables may need TensorFlow and are not evaluated.
     """
-    owner = next(
-        c for c in cls.__mro__ if name in vars(c).get("__annotations__", {})
-    )
+    owner = next(c for c in cls.__mro__ if name in vars(c).get("__annotations__", {}))
     scope = vars(sys.modules[owner.__module__])
-    holder = type(
-        name, (), {"__annotations__": {name: owner.__annotations__[name]}}
-    )
+    holder = type(name, (), {"__annotations__": {name: owner.__annotations__[name]}})
     return typing.get_type_hints(holder, scope)[name]
 
 

@@ -45,11 +45,7 @@ def define(tables: Tables, registry: flags.FlagValues) -> None:
 
 def given(registry: flags.FlagValues, tables: Tables) -> dict[str, Any]:
     """Returns the values of the flags on the command line by name."""
-    return {
-        name: registry[name].value
-        for name in tables.flags()
-        if registry[name].present
-    }
+    return {name: registry[name].value for name in tables.flags() if registry[name].present}
 
 
 def default_text(flag: Flag, tables: Tables) -> str:
@@ -96,8 +92,8 @@ def help_page(tables: Tables, given: Mapping[str, Any], about: str) -> str:
 
     Args:
         tables: of the program.
-        given: values on the command line; with a mode, a train mode or an
-            objective, only the flags that can apply beside it are shown.
+        given: values on the command line; with a mode, a train mode or an objective, only the flags
+            that can apply beside it are shown.
         about: text at the top.
     """
     mode = given.get("mode")
@@ -140,27 +136,19 @@ def _shown_flags(tables: Tables, given: Mapping[str, Any]) -> Iterable[Flag]:
         of_any = view
         if flag.owners and "objective" not in base:
             of_any = {**view, "objective": next(iter(flag.owners))}
-        reason = resolve_lib.reason_without_effect(
-            flag, of_any, tables, tuple(decided)
-        )
+        reason = resolve_lib.reason_without_effect(flag, of_any, tables, tuple(decided))
         if reason is None:
             yield flag
 
 
-def _flag_entry(
-    flag: Flag, tables: Tables, given: Mapping[str, Any]
-) -> list[str]:
+def _flag_entry(flag: Flag, tables: Tables, given: Mapping[str, Any]) -> list[str]:
     """Returns the lines of one flag."""
     is_switch = flag.item.kind is bool and not flag.item.is_tuple
-    name = (
-        f"--[no]{flag.name}" if is_switch else f"--{flag.name}={_syntax(flag)}"
-    )
+    name = f"--[no]{flag.name}" if is_switch else f"--{flag.name}={_syntax(flag)}"
     objective = str(given.get("objective"))
     item = flag.owners.get(tables.aliases.get(objective, objective))
     if item:
-        return _entry(
-            name, f"{item.info.help} Default: {_shown(item.default)}."
-        )
+        return _entry(name, f"{item.info.help} Default: {_shown(item.default)}.")
     owners: dict[str, list[str]] = {}  # by help text, equal ones together
     for objective, item in flag.owners.items():
         owners.setdefault(item.info.help, []).append(objective)
@@ -175,7 +163,5 @@ def _entry(name: str, text: str) -> list[str]:
     indent = " " * 6
     return [
         f"  {name}",
-        *textwrap.wrap(
-            text, _WIDTH, initial_indent=indent, subsequent_indent=indent
-        ),
+        *textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent),
     ]

@@ -8,9 +8,7 @@ from typing import Any
 from contrastive.config.fields import Values
 
 
-def _byol_preset(
-    epochs: int, learning_rate: float, weight_decay: float, decay: float
-) -> Values:
+def _byol_preset(epochs: int, learning_rate: float, weight_decay: float, decay: float) -> Values:
     """Source: deepmind-research, byol/configs/byol.py."""
     return {
         "objective": "byol",
@@ -97,9 +95,7 @@ PRETRAINING: dict[str, Values] = {
         "train_batch_size": 512,
     },
     "relic_1000": _relic_preset(1000, objective="relic", learning_rate=0.2),
-    "relic_1000_no_target": _relic_preset(
-        1000, objective="relic", target_network=False
-    ),
+    "relic_1000_no_target": _relic_preset(1000, objective="relic", target_network=False),
     "relicv2_300": _relic_preset(300, objective="relicv2"),
     "relicv2_1000": _relic_preset(1000, objective="relicv2"),
     "semppl_300": _relic_preset(300, objective="semppl"),
@@ -172,9 +168,8 @@ def _simclr_evaluation(
     )
 
 
-# BYOL's sweeps are decided on images held out of the training split, which it
-# is then trained on as a whole. Source: Grill et al., arXiv:2006.07733,
-# appendix D.
+# BYOL's sweeps are decided on images held out of the training split, which it is then trained on as
+# a whole. Source: Grill et al., arXiv:2006.07733, appendix D.
 _BYOL_EVALUATION = {"train_batch_size": 1024, "held_out_examples": 10_009}
 _BYOL_FINE_TUNING = _evaluation(
     **_BYOL_EVALUATION,
@@ -201,18 +196,11 @@ EVALUATION: dict[str, Values] = {
         sweep_learning_rate=(0.4, 0.3, 0.2, 0.1, 0.05),
     ),
     # RPC's README has the same.
-    "linear_eval_simclr": _simclr_evaluation(
-        4, 4096, 90, 0.1, weight_decay=1e-6
-    ),
-    "linear_eval_simclr_cifar10": _simclr_evaluation(
-        4, 512, 100, 0.1, dataset="cifar10"
-    ),
-    # All but the stem is trained. martinmamql/relative_predictive_coding, the
-    # scripts in vision/.
+    "linear_eval_simclr": _simclr_evaluation(4, 4096, 90, 0.1, weight_decay=1e-6),
+    "linear_eval_simclr_cifar10": _simclr_evaluation(4, 512, 100, 0.1, dataset="cifar10"),
+    # All but the stem is trained. martinmamql/relative_predictive_coding, the scripts in vision/.
     "finetune_rpc_imagenet": _simclr_evaluation(0, 4096, 90, 0.16),
-    "finetune_rpc_cifar10": _simclr_evaluation(
-        0, 512, 100, 0.1, dataset="cifar10"
-    ),
+    "finetune_rpc_cifar10": _simclr_evaluation(0, 512, 100, 0.1, dataset="cifar10"),
     # Of a share of ImageNet's labels, everything is trained.
     **{
         f"semi_supervised_simclr_{share}pct": _simclr_evaluation(

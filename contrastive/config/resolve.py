@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resolution: from the flags that were given to a typed configuration.
 
-Every function is pure. A value is taken from the first of these that has it:
-the command line, the run that is continued or evaluated, the preset, the
-objective (or fine-tuning), the field's default. What depends on the data is
-derived by `complete`.
+Every function is pure. A value is taken from the first of these that has it: the command line, the
+run that is continued or evaluated, the preset, the objective (or fine-tuning), the field's default.
+What depends on the data is derived by `complete`.
 """
 
 from __future__ import annotations
@@ -83,9 +82,7 @@ class Resolved:
     def derived(self, **values: Any) -> Resolved:
         """Returns a copy in which those that are to be derived have values."""
         is_open = {k: isinstance(self.values[k], Derived) for k in values}
-        return self.replace(
-            DEFAULT, **{k: v for k, v in values.items() if is_open[k]}
-        )
+        return self.replace(DEFAULT, **{k: v for k, v in values.items() if is_open[k]})
 
     def flags(self) -> dict[str, Any]:
         """Returns all values that are known, as `run.json` keeps them."""
@@ -122,21 +119,13 @@ def resolve(given: Values, tables: Tables, inherited: Values) -> Resolved:
     others = {name: given[name] for name in given if name not in idle}
     lines = [f"--{name} has no effect: {reasons[name]}." for name in idle]
     resolved = resolve(others, tables, inherited)
-    return dataclasses.replace(
-        resolved, without_effect=(*lines, *resolved.without_effect)
-    )
+    return dataclasses.replace(resolved, without_effect=(*lines, *resolved.without_effect))
 
 
-def _resolve_layers(
-    given: Values, tables: Tables, inherited: Values
-) -> Resolved:
+def _resolve_layers(given: Values, tables: Tables, inherited: Values) -> Resolved:
     """Takes each value from the first layer that has it, and checks them."""
     layers: dict[str, Values] = {COMMAND_LINE: given, RUN: inherited}
-    fields = {
-        name: flag.item
-        for name, flag in tables.flags().items()
-        if not flag.owners
-    }
+    fields = {name: flag.item for name, flag in tables.flags().items() if not flag.owners}
 
     def pick(name: str) -> tuple[Any, str]:
         for origin, layer in layers.items():
@@ -150,9 +139,7 @@ def _resolve_layers(
     train_mode, _ = pick("train_mode")
     if preset in recipes.PRETRAINING and train_mode == "pretrain":
         layers[f"preset {preset}"] = recipes.PRETRAINING[preset]
-    objective = canonical_name(
-        pick("objective")[0], pick("use_siglip")[0], tables.aliases
-    )
+    objective = canonical_name(pick("objective")[0], pick("use_siglip")[0], tables.aliases)
     cls = tables.objectives[objective]
     target_network, origin = pick("target_network")
     if train_mode == "finetune":
@@ -184,9 +171,7 @@ def _resolve_layers(
     return _without_idle_sweeps(resolved)
 
 
-def canonical_name(
-    objective: str, use_siglip: bool, aliases: Mapping[str, str]
-) -> str:
+def canonical_name(objective: str, use_siglip: bool, aliases: Mapping[str, str]) -> str:
     """Returns the name of an objective in the table."""
     name = aliases.get(objective, objective)
     if use_siglip and name not in ("relic", "siglip"):
@@ -238,8 +223,8 @@ def reason_without_effect(
         flag: the flag.
         view: of `conditions_view`.
         tables: of the program.
-        decided: fields whose values are settled; conditions that depend on
-            others are taken to hold. None: all are settled.
+        decided: fields whose values are settled; conditions that depend on others are taken to
+            hold. None: all are settled.
     """
     item = flag.item
     if item.group is schema.Ignored:
@@ -261,28 +246,21 @@ def reason_without_effect(
     return None
 
 
-def _idle_values(
-    resolved: Resolved, given: Values, tables: Tables
-) -> dict[str, str]:
+def _idle_values(resolved: Resolved, given: Values, tables: Tables) -> dict[str, str]:
     """Returns the names of values without effect, and why they have none."""
     view, flags = conditions_view(resolved), tables.flags()
     # An objective may have another name for a flag.
-    meant = {
-        k: v for k, v in resolved.objective_type.synonyms.items() if k in given
-    }
+    meant = {k: v for k, v in resolved.objective_type.synonyms.items() if k in given}
     reasons = {
-        name: reason_without_effect(flags[meant.get(name, name)], view, tables)
-        for name in flags
+        name: reason_without_effect(flags[meant.get(name, name)], view, tables) for name in flags
     }
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _without_idle_values(
-    resolved: Resolved, names: Iterable[str], tables: Tables
-) -> Resolved:
+def _without_idle_values(resolved: Resolved, names: Iterable[str], tables: Tables) -> Resolved:
     """Resets values that have no effect to the defaults of their fields."""
-    # The first of these decide about others; a plan shows the learning rate
-    # and the epochs that a sweep replaces.
+    # The first of these decide about others; a plan shows the learning rate and the epochs that a
+    # sweep replaces.
     kept = {"mode", "train_mode", "objective", "preset"}
     if conditions.sweeps(resolved.values):
         kept |= {"learning_rate", "train_epochs"}
@@ -358,11 +336,7 @@ def _check_pretraining(resolved: Resolved) -> None:
         if values[flag] is not None
     ]
     if len(chosen) > 1:
-        raise ValueError(
-            f"--{' and --'.join(chosen)} both choose labelled images."
-        )
+        raise ValueError(f"--{' and --'.join(chosen)} both choose labelled images.")
     if values["mask_dir"] and values["saliency"]:
-        raise ValueError(
-            "--mask_dir and --saliency both make masks; give one of them."
-        )
+        raise ValueError("--mask_dir and --saliency both make masks; give one of them.")
     cls.check(values)

@@ -61,17 +61,12 @@ class Flag:
     def parse(self, text: str) -> Any:
         """Returns the value of a command-line text.
 
-        Bounds that only some objectives have are checked once the objective is
-        known.
+        Bounds that only some objectives have are checked once the objective is known.
 
         Raises:
             ValueError: if the text is no value of this flag.
         """
-        if (
-            self.choices
-            and not self.item.is_tuple
-            and (text not in self.choices)
-        ):
+        if self.choices and not self.item.is_tuple and (text not in self.choices):
             known = ", ".join(sorted(self.choices))
             raise ValueError(f"must be one of {known}.")
         errors = []

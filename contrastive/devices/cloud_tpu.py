@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks by the Cloud TPU API that a TPU can be used, before connecting.
 
-Connecting to a TPU that is still being created, has been deleted or runs
-another version of TensorFlow hangs, or fails with an unrelated message.
+Connecting to a TPU that is still being created, has been deleted or runs another version of
+TensorFlow hangs, or fails with an unrelated message.
 """
 
 import contextlib
@@ -24,9 +24,7 @@ _GONE = {
     "PREEMPTED": "Google has taken it back; delete it and create it again",
     "TERMINATED": "it has been taken back; delete it and create it again",
     "DELETING": "create it again",
-} | dict.fromkeys(
-    ("STOPPED", "STOPPING", "SUSPENDED"), "start it, or create another"
-)
+} | dict.fromkeys(("STOPPED", "STOPPING", "SUSPENDED"), "start it, or create another")
 _TAKEN_BACK = ("PREEMPTED", "TERMINATED", "DELETING")
 _ERRORS = (
     ValueError,  # which the client raises for many other errors
@@ -36,9 +34,7 @@ _ERRORS = (
 _HEALTHY = (None, "", "HEALTHY", "HEALTH_UNSPECIFIED")
 
 
-def find(
-    name: str, zone: str | None = None, project: str | None = None
-) -> cloud_tpu_client.Client:
+def find(name: str, zone: str | None = None, project: str | None = None) -> cloud_tpu_client.Client:
     """Creates a client of a TPU, by default in this machine's zone and project.
 
     Raises `ValueError` if this machine, which is asked, is not in Google Cloud.
@@ -118,9 +114,7 @@ def _look(client: cloud_tpu_client.Client) -> tuple[str | None, str | None]:
     return None, runtime
 
 
-def _ask(
-    client: cloud_tpu_client.Client, question: Callable[[], str | None]
-) -> str | None:
+def _ask(client: cloud_tpu_client.Client, question: Callable[[], str | None]) -> str | None:
     try:
         return question()
     except oauth2client.client.ApplicationDefaultCredentialsError as error:

@@ -26,9 +26,7 @@ class _Replica(tf.distribute.ReplicaContext):
     def replica_id_in_sync_group(self) -> tf.Tensor:
         return gen_xla_ops.xla_replica_id()
 
-    def all_reduce(
-        self, reduce_op: Any, value: Any, options: Any = None
-    ) -> Any:
+    def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
         del options
         total = tf.nest.map_structure(self._sum, value)
         if tf.distribute.ReduceOp(reduce_op) == tf.distribute.ReduceOp.MEAN:
@@ -43,9 +41,7 @@ class _Replica(tf.distribute.ReplicaContext):
 
         return total(x)
 
-    def all_gather(
-        self, value: tf.Tensor, axis: int, options: Any = None
-    ) -> tf.Tensor:
+    def all_gather(self, value: tf.Tensor, axis: int, options: Any = None) -> tf.Tensor:
         if value.dtype == tf.int64:  # there is no sum of them
             halves = self.all_gather(tf.bitcast(value, tf.int32), axis, options)
             return tf.bitcast(halves, tf.int64)
@@ -59,13 +55,11 @@ class _Replica(tf.distribute.ReplicaContext):
         return tf.reshape(rows, shape)
 
 
-def batch_spec(
-    dataset: data.Dataset, rows: int, views: tuple[Augmentation, ...]
-) -> dict[str, Any]:
+def batch_spec(dataset: data.Dataset, rows: int, views: tuple[Augmentation, ...]) -> dict[str, Any]:
     """Lists the `tf.TensorSpec`s of the batches of `data.train_stream`.
 
-    `dataset` is the training split, whose images need not exist; `rows` is the
-    batch size of one replica; and there is one augmentation per view.
+    `dataset` is the training split, whose images need not exist; `rows` is the batch size of one
+    replica; and there is one augmentation per view.
     """
     dtypes = {
         "id": tf.int64, "epoch": tf.int32, "label": tf.int32,
@@ -97,12 +91,12 @@ def replica_program(
 ) -> tf.types.experimental.PolymorphicFunction:
     """Builds the program of one of several replicas, not traced yet.
 
-    `step` is made by `contrastive.training.loop.build_step`, `spec` by
-    `batch_spec`, and the networks in the scope of `strategy`, of one device.
+    `step` is made by `contrastive.training.loop.build_step`, `spec` by `batch_spec`, and the
+    networks in the scope of `strategy`, of one device.
 
     Returns:
-        A function of the batch's tensors, in `tf.nest.flatten`'s order, that
-        returns the metrics, float32 `[m]`.
+        A function of the batch's tensors, in `tf.nest.flatten`'s order, that returns the metrics,
+        float32 `[m]`.
     """
 
     @tf.autograph.experimental.do_not_convert

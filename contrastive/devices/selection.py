@@ -26,8 +26,8 @@ def choose_strategy(
     """Chooses one of `STRATEGIES` for the devices that there are.
 
     Args:
-        wanted: one of `STRATEGIES`, or "auto": the first that exists of a TPU,
-            several machines (named by TF_CONFIG), several GPUs, one device.
+        wanted: one of `STRATEGIES`, or "auto": the first that exists of a TPU, several machines
+            (named by TF_CONFIG), several GPUs, one device.
         use_tpu: if given, it overrides everything else.
         tpu_named: whether a TPU is named, which overrides `wanted`.
         num_gpus: number of GPUs of this machine.
@@ -62,9 +62,7 @@ def choose_strategy(
     return "mirrored" if many else "one_device"
 
 
-def num_replicas(
-    name: str, *, num_gpus: int, cpu_replicas: int = 1
-) -> int | None:
+def num_replicas(name: str, *, num_gpus: int, cpu_replicas: int = 1) -> int | None:
     """Computes how many replicas a strategy will have, as in `choose_strategy`.
 
     Returns:

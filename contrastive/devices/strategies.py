@@ -28,8 +28,8 @@ def is_lost(error: Exception, strategy: str | None) -> bool:
     """Checks whether an error, under a strategy, is a lost TPU or machine."""
     if isinstance(error, cloud_tpu.AwayError):
         return True
-    # Without remote devices, files or defects cause these errors. A worker that
-    # has restarted has lost its variables, which is a FailedPreconditionError.
+    # Without remote devices, files or defects cause these errors. A worker that has restarted has
+    # lost its variables, which is a FailedPreconditionError.
     kinds = (*LOST, tf.errors.FailedPreconditionError)
     return strategy in ("tpu", "multi_worker") and isinstance(error, kinds)
 
@@ -54,13 +54,12 @@ def make_strategy(
 ) -> tf.distribute.Strategy:
     """Connects to the devices and creates their strategy.
 
-    Call this once a process, before anything else uses a device. `name` is one
-    of `STRATEGIES`. `tpu_name` is the name of a Cloud TPU, "local" on a TPU VM,
-    or a grpc address; by default it is the environment variable TPU_NAME, or
-    else "local". The zone and the project of the TPU are by default those of
-    this machine. The CPU is split into `cpu_replicas` logical devices if there
-    are no GPUs. With `first_alone`, only the first device is used. Raises
-    `ValueError` if the TPU does not exist or does not answer.
+    Call this once a process, before anything else uses a device. `name` is one of `STRATEGIES`.
+    `tpu_name` is the name of a Cloud TPU, "local" on a TPU VM, or a grpc address; by default it is
+    the environment variable TPU_NAME, or else "local". The zone and the project of the TPU are by
+    default those of this machine. The CPU is split into `cpu_replicas` logical devices if there are
+    no GPUs. With `first_alone`, only the first device is used. Raises `ValueError` if the TPU does
+    not exist or does not answer.
     """
     _made.append(name)
     if name == "tpu":
@@ -68,9 +67,7 @@ def make_strategy(
         if tpu_name != LOCAL_TPU and "://" not in tpu_name:
             client = cloud_tpu.find(tpu_name, tpu_zone, gcp_project)
             version, minutes = tf.__version__, tpu_wait_minutes
-            cloud_tpu.wait_until_ready(
-                client, tensorflow_version=version, minutes=minutes
-            )
+            cloud_tpu.wait_until_ready(client, tensorflow_version=version, minutes=minutes)
         strategy = _tpu_strategy(tpu_name, tpu_zone, gcp_project, first_alone)
     else:
         kind = "one_device" if first_alone else name
@@ -145,8 +142,7 @@ def _why_no_tpu(name: str, error: Exception) -> str:
             "pip install -r requirements/tpu.txt"
         )
     return (
-        "The TPU of this machine does not start, perhaps because another "
-        f"process has it: {first}"
+        f"The TPU of this machine does not start, perhaps because another process has it: {first}"
     )
 
 

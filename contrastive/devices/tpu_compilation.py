@@ -44,12 +44,11 @@ class Chip:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# Peaks, bandwidths and slices: cloud.google.com/tpu/docs, pages v3, v4, v5e,
-# v5p, v6e and regions-zones (November 2026); peak and bandwidth of v2: Jouppi
-# et al., "A domain-specific supercomputer for training deep neural networks",
-# CACM 63 (7), 2020; slices of v4 and v5p also: MaxText,
-# accelerator_to_spec_map.py. Memory: from the messages of libtpu 0.0.42.1 for
-# programs that exceed it.
+# Peaks, bandwidths and slices: cloud.google.com/tpu/docs, pages v3, v4, v5e, v5p, v6e and
+# regions-zones (November 2026); peak and bandwidth of v2: Jouppi et al., "A domain-specific
+# supercomputer for training deep neural networks", CACM 63 (7), 2020; slices of v4 and v5p also:
+# MaxText, accelerator_to_spec_map.py. Memory: from the messages of libtpu 0.0.42.1 for programs
+# that exceed it.
 CHIPS = (
     Chip("v2", 2, 2, 46, 700, 7.48, "2x2 4x4 8x8 8x16 16x16"),
     Chip("v3", 2, 2, 123, 900, 15.48, "2x2 4x4 4x8 8x8 8x16 16x16 16x32 32x32"),
@@ -141,12 +140,11 @@ def require_compiler() -> None:
 class Compiled:
     """The compiler's figures for one replica and step, or its `error`.
 
-    `compiler` are its versions; `crashed` says whether it failed itself.
-    `arguments` are the bytes of weights, optimizer and batch; `temporaries`
-    those of activations and all else; `peak` those in use at a time of both.
-    `flops` are operations of the compiled program, and `written_flops` of the
-    program before. All operations together read and write `bytes_accessed`.
-    `collectives` has `count` and `bytes` of each kind.
+    `compiler` are its versions; `crashed` says whether it failed itself. `arguments` are the bytes
+    of weights, optimizer and batch; `temporaries` those of activations and all else; `peak` those
+    in use at a time of both. `flops` are operations of the compiled program, and `written_flops` of
+    the program before. All operations together read and write `bytes_accessed`. `collectives` has
+    `count` and `bytes` of each kind.
     """
 
     compiler: str = ""
@@ -158,9 +156,7 @@ class Compiled:
     flops: float = 0.0
     written_flops: float = 0.0
     bytes_accessed: float = 0.0
-    collectives: Mapping[str, Mapping[str, int]] = dataclasses.field(
-        default_factory=dict
-    )
+    collectives: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -197,10 +193,10 @@ def compile_for(where: Slice, module: bytes) -> Compiled:
 def recomputation(compiled: Compiled, small: Compiled) -> float:
     """Computes the share of operations that the compiler computes twice.
 
-    Near the limit of the memory it recomputes values. `compiled` fits, and
-    `small` is the same program with a smaller batch, for which memory is
-    plenty. Both counts are relative to those of the program as it was written,
-    where the loss, which grows with the square of the batch, is included.
+    Near the limit of the memory it recomputes values. `compiled` fits, and `small` is the same
+    program with a smaller batch, for which memory is plenty. Both counts are relative to those of
+    the program as it was written, where the loss, which grows with the square of the batch, is
+    included.
 
     The result is relative to the operations without; about 0 for none.
     """

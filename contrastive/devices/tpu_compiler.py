@@ -3,9 +3,9 @@
 
     python tpu_compiler.py PROGRAM RESULT.json '{"topology": "v5e:4x8"}'
 
-It runs in a process of its own, because libtpu may abort and jax brings another
-XLA than TensorFlow. Some functions of jax used here are private, so
-`requirements/check-tpu.txt` pins its version.
+It runs in a process of its own, because libtpu may abort and jax brings another XLA than
+TensorFlow. Some functions of jax used here are private, so `requirements/check-tpu.txt` pins its
+version.
 """
 
 import importlib.metadata
@@ -25,8 +25,8 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
-    # The default level takes three times as long for the same memory and
-    # operations. O0 skips passes that reduce memory.
+    # The default level takes three times as long for the same memory and operations. O0 skips
+    # passes that reduce memory.
     "JAX_OPTIMIZATION_LEVEL": "O1",
 }
 _COLLECTIVE = re.compile(
@@ -58,14 +58,11 @@ def _num_bytes(bits: str, dims: str) -> int:
     return size * int(bits or 8) // 8  # "pred" has no bits in its name
 
 
-def compile_program(
-    program: bytes, topology: str, **options: Any
-) -> dict[str, Any]:
+def compile_program(program: bytes, topology: str, **options: Any) -> dict[str, Any]:
     """Compiles a serialized HloModuleProto for every device of a topology.
 
-    `topology` is libtpu's name, e.g. "v5e:4x8", and `options` are libtpu's.
-    Returns the fields of `tpu_compilation.Compiled`, without those that do not
-    apply, of one device.
+    `topology` is libtpu's name, e.g. "v5e:4x8", and `options` are libtpu's. Returns the fields of
+    `tpu_compilation.Compiled`, without those that do not apply, of one device.
     """
     import jax
     from jax._src.lib import _jax

@@ -62,8 +62,7 @@ def check_encoder(name: str, known: Iterable[str]) -> None:
     if close := difflib.get_close_matches(name, known, n=3):
         hint = f"Did you mean {' or '.join(close)}?"
     raise ValueError(
-        "`encoder` must be resnet or a backbone of keras.applications. "
-        f"Received: {name!r}. {hint}"
+        f"`encoder` must be resnet or a backbone of keras.applications. Received: {name!r}. {hint}"
     )
 
 
@@ -96,21 +95,19 @@ def squeeze_filters(filters: int, se_ratio: float) -> int:
 class Architecture:
     """The description that determines the networks and their variables.
 
-    It is written to `run.json`, so that a checkpoint can be read without
-    repeating the flags of its training. Fields are the flags of the same names,
-    whose help describes them, and those below. Only the encoder "resnet" uses
-    the fields from `resnet_depth` to `zero_init_residual`, which are arguments
-    of `resnet.resnet`. Arguments of the heads are those of `encoders.heads`.
+    It is written to `run.json`, so that a checkpoint can be read without repeating the flags of its
+    training. Fields are the flags of the same names, whose help describes them, and those below.
+    Only the encoder "resnet" uses the fields from `resnet_depth` to `zero_init_residual`, which are
+    arguments of `resnet.resnet`. Arguments of the heads are those of `encoders.heads`.
 
     Attributes:
         batch_norm_decay: momentum of the moving statistics, in [0, 1].
-        image_mean: subtracted from images in [0, 1], one number a channel; ()
-            for none.
+        image_mean: subtracted from images in [0, 1], one number a channel; () for none.
         image_std: divisor of the images after that; () for none.
-        target_bn: BatchNorm of the target network: "batch" uses the statistics
-            of its batch, "average" those averaged with the weights.
-        ft_proj_selector: layer of the projection head that is the input of the
-            classifier; 0 is the encoder's output, -1 the projection.
+        target_bn: BatchNorm of the target network: "batch" uses the statistics of its batch,
+            "average" those averaged with the weights.
+        ft_proj_selector: layer of the projection head that is the input of the classifier; 0 is the
+            encoder's output, -1 the projection.
         num_classes: number of classes of the classifier; 0 for no classifier.
     """
 
@@ -143,17 +140,14 @@ class Architecture:
     zero_init_logits_layer: bool
 
     @classmethod
-    def from_record(
-        cls, record: Mapping[str, Any], **changes: Any
-    ) -> "Architecture":
+    def from_record(cls, record: Mapping[str, Any], **changes: Any) -> "Architecture":
         """Builds the architecture that `run.json` of any version describes.
 
-        Lists become tuples, missing fields get their defaults, and names of
-        other versions are ignored. Changes replace values of the record.
+        Lists become tuples, missing fields get their defaults, and names of other versions are
+        ignored. Changes replace values of the record.
 
         Raises:
-            ValueError: if a field without a default is missing, or a change
-                names no field.
+            ValueError: if a field without a default is missing, or a change names no field.
         """
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         if unknown := sorted(changes.keys() - defaults):
@@ -162,9 +156,7 @@ class Architecture:
         values |= changes
         missing = [n for n, v in values.items() if v is dataclasses.MISSING]
         if missing:
-            raise ValueError(
-                f"The description of the networks lacks {', '.join(missing)}."
-            )
+            raise ValueError(f"The description of the networks lacks {', '.join(missing)}.")
         lists = {n: tuple(v) for n, v in values.items() if isinstance(v, list)}
         return cls(**values | lists)
 

@@ -28,24 +28,22 @@ def hold_statistics() -> Iterator[None]:
 class GlobalBatchNorm(keras.layers.Layer):
     """Batch normalization over the batches of all replicas together.
 
-    In training, `y = (x - mean) / sqrt(variance + epsilon) * gamma + beta`.
-    The mean and the biased variance are taken over every axis but the last and
-    over all replicas, whose batches must have equal sizes. The moving
-    statistics become `momentum * moving + (1 - momentum) * batch`. Outside
-    training, or with `layer.trainable = False`, the moving statistics replace
-    those of the batch and do not change. All replicas always hold the same
-    moving statistics.
+    In training, `y = (x - mean) / sqrt(variance + epsilon) * gamma + beta`. The mean and the biased
+    variance are taken over every axis but the last and over all replicas, whose batches must have
+    equal sizes. The moving statistics become `momentum * moving + (1 - momentum) * batch`. Outside
+    training, or with `layer.trainable = False`, the moving statistics replace those of the batch
+    and do not change. All replicas always hold the same moving statistics.
 
-    Statistics and weights are float32 under every dtype policy. Inputs are
-    `[N, C]` or `[N, H, W, C]`; outputs have the compute dtype of the policy.
+    Statistics and weights are float32 under every dtype policy. Inputs are `[N, C]` or `[N, H, W,
+    C]`; outputs have the compute dtype of the policy.
 
-    Source: Ioffe and Szegedy, arXiv:1502.03167; the reference is SimCLR's use
-    of Keras 2's `SyncBatchNormalization`, which has two all-reduces a layer
-    instead of one, and no fused kernel on one replica.
+    Source: Ioffe and Szegedy, arXiv:1502.03167; the reference is SimCLR's use of Keras 2's
+    `SyncBatchNormalization`, which has two all-reduces a layer instead of one, and no fused kernel
+    on one replica.
 
-    `momentum` is in [0, 1], and `epsilon` > 0. `center` and `scale` say whether
-    there are `beta` and `gamma`. If not `synchronized`, each replica normalizes
-    by the statistics of its own batch; the moving ones follow their average.
+    `momentum` is in [0, 1], and `epsilon` > 0. `center` and `scale` say whether there are `beta`
+    and `gamma`. If not `synchronized`, each replica normalizes by the statistics of its own batch;
+    the moving ones follow their average.
     """
 
     def __init__(
@@ -71,12 +69,9 @@ class GlobalBatchNorm(keras.layers.Layer):
         """Creates the weights; a rank other than 2 or 4 is a `ValueError`."""
         if len(input_shape) not in (2, 4):
             raise ValueError(
-                "Expected inputs [N, C] or [N, H, W, C]. "
-                f"Received: shape {input_shape}."
+                f"Expected inputs [N, C] or [N, H, W, C]. Received: shape {input_shape}."
             )
-        add = functools.partial(
-            self.add_weight, shape=input_shape[-1:], autocast=False
-        )
+        add = functools.partial(self.add_weight, shape=input_shape[-1:], autocast=False)
         if self.scale:
             self.gamma = add(name="gamma", initializer=self.gamma_initializer)
         if self.center:
@@ -85,16 +80,13 @@ class GlobalBatchNorm(keras.layers.Layer):
         self.moving_mean = add(name="moving_mean", initializer="zeros")
         self.moving_variance = add(name="moving_variance", initializer="ones")
 
-    def call(
-        self, inputs: tf.Tensor, training: bool | None = None
-    ) -> tf.Tensor:
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Normalizes the inputs; the outputs have the compute dtype."""
         if not (training and self.trainable):
             return self._fused_kernel(inputs, training=False)[0]
-        # The code below and XLA compute variances as E[x^2] - E[x]^2, which is
-        # noise, even negative, if the mean is large. Subtracting the moving
-        # mean, which is the same on all replicas, avoids that and takes 3 % of
-        # a ResNet-18 step.
+        # The code below and XLA compute variances as E[x^2] - E[x]^2, which is noise, even
+        # negative, if the mean is large. Subtracting the moving mean, which is the same on all
+        # replicas, avoids that and takes 3 % of a ResNet-18 step.
         shift = tf.cast(self.moving_mean, inputs.dtype)
         inputs = inputs - shift
         # None in a cross-replica context, where there is only one batch.
@@ -116,13 +108,11 @@ class GlobalBatchNorm(keras.layers.Layer):
             self.moving_variance.assign(variance)
         return outputs
 
-    def _normalize_locally(
-        self, inputs: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def _normalize_locally(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns outputs, and mean and biased variance of this batch."""
         outputs, mean, variance = self._fused_kernel(inputs, training=True)
-        # The kernel normalizes by the biased variance but returns the unbiased
-        # one. The moving variance of the reference is biased.
+        # The kernel normalizes by the biased variance but returns the unbiased one. The moving
+        # variance of the reference is biased.
         count = tf.cast(tf.size(inputs) // tf.size(mean), tf.float32)
         variance *= tf.maximum(count - 1.0, 1.0) / count
         return outputs, tf.stack([mean, variance])
@@ -131,8 +121,8 @@ class GlobalBatchNorm(keras.layers.Layer):
         self, inputs: tf.Tensor, replica: tf.distribute.ReplicaContext
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Does the same with the statistics of the batches of all replicas."""
-        # E[x^2] - E[x]^2 takes one all-reduce. The mean and then the squared
-        # deviations from it would take two.
+        # E[x^2] - E[x]^2 takes one all-reduce. The mean and then the squared deviations from it
+        # would take two.
         inputs = tf.cast(inputs, tf.float32)
         axes = list(range(inputs.shape.rank - 1))
         moments = [tf.reduce_mean(x, axes) for x in (inputs, tf.square(inputs))]
@@ -149,8 +139,8 @@ class GlobalBatchNorm(keras.layers.Layer):
         self, inputs: tf.Tensor, *, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns outputs, mean and unbiased variance by the fused kernel."""
-        # Forward and backward, float32 [128, 32, 32, 64] takes 12 ms on 2 CPU
-        # cores; the elementary operations take 31 ms.
+        # Forward and backward, float32 [128, 32, 32, 64] takes 12 ms on 2 CPU cores; the elementary
+        # operations take 31 ms.
         gamma, beta = self._affine()
         is_flat = inputs.shape.rank == 2
         outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(

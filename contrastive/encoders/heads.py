@@ -10,8 +10,7 @@ import keras
 from contrastive.config.choices import MLP_NORMS, SIMCLR_MODES
 from contrastive.encoders.batch_norm import GlobalBatchNorm
 
-# An initializer object draws the same numbers each time, so every layer gets
-# one of its own.
+# An initializer object draws the same numbers each time, so every layer gets one of its own.
 _normal = functools.partial(keras.initializers.RandomNormal, stddev=0.01)
 
 
@@ -27,15 +26,15 @@ def projection_head(
 ) -> keras.Model:
     """Builds SimCLR's projection head.
 
-    Layers have no bias, and BatchNorm follows each, without offset after the
-    last. Hidden layers have as many units as the input, and ReLU at the end.
+    Layers have no bias, and BatchNorm follows each, without offset after the last. Hidden layers
+    have as many units as the input, and ReLU at the end.
 
-    Source: Chen et al., arXiv:2006.10029; google-research/simclr@383d414,
-    tf2/model.py. Differs from it: every mode returns the list below.
+    Source: Chen et al., arXiv:2006.10029; google-research/simclr@383d414, tf2/model.py. Differs
+    from it: every mode returns the list below.
 
     Args:
-        mode: "nonlinear" (`num_layers` layers), "linear" (the last layer
-            alone) or "none" (the projection is the input).
+        mode: "nonlinear" (`num_layers` layers), "linear" (the last layer alone) or "none" (the
+            projection is the input).
         input_dim: number of features.
         out_dim: size of the projection; ignored if `mode` is "none".
         num_layers: number of layers of the nonlinear head, >= 1.
@@ -44,22 +43,17 @@ def projection_head(
         name: name of the model and prefix of the names of its layers.
 
     Returns:
-        A model from float32 features `[N, input_dim]` to a list of the input
-        and the output of each layer; with "none", of the input twice. Element
-        -1 is the projection, in float32 under every dtype policy. Element k is
-        the input of the classifier with SimCLR's `ft_proj_selector=k`.
+        A model from float32 features `[N, input_dim]` to a list of the input and the output of each
+        layer; with "none", of the input twice. Element -1 is the projection, in float32 under every
+        dtype policy. Element k is the input of the classifier with SimCLR's `ft_proj_selector=k`.
 
     Raises:
         ValueError: if `mode` is unknown or `num_layers` is not positive.
     """
     if mode not in SIMCLR_MODES:
-        raise ValueError(
-            f"`mode` must be one of {SIMCLR_MODES}. Received: {mode!r}."
-        )
+        raise ValueError(f"`mode` must be one of {SIMCLR_MODES}. Received: {mode!r}.")
     if num_layers < 1:
-        raise ValueError(
-            f"`num_layers` must be positive. Received: {num_layers}."
-        )
+        raise ValueError(f"`num_layers` must be positive. Received: {num_layers}.")
     num_hidden = num_layers - 1 if mode == "nonlinear" else 0
     norm = {"momentum": batch_norm_momentum, "synchronized": global_bn}
     return _stack(
@@ -82,24 +76,20 @@ def mlp_head(
 ) -> keras.Model:
     """Builds a multi-layer perceptron with ReLU between its layers.
 
-    BYOL's projection and prediction heads have one hidden layer with bias,
-    BatchNorm and ReLU, and an output layer without bias or BatchNorm. ReLIC
-    without a target network has BatchNorm after every layer; relic-pytorch has
-    no BatchNorm. `hidden_dims` are the units of each hidden layer and may be
-    empty; `norm` says which layers BatchNorm follows: "none", "hidden" or
-    "all". The other arguments and the result are as in `projection_head`.
+    BYOL's projection and prediction heads have one hidden layer with bias, BatchNorm and ReLU, and
+    an output layer without bias or BatchNorm. ReLIC without a target network has BatchNorm after
+    every layer; relic-pytorch has no BatchNorm. `hidden_dims` are the units of each hidden layer
+    and may be empty; `norm` says which layers BatchNorm follows: "none", "hidden" or "all". The
+    other arguments and the result are as in `projection_head`.
 
-    Source: Grill et al., arXiv:2006.07733, section 3.3; deepmind-research,
-    byol/utils/networks.py `MLP`; Mitrovic et al., arXiv:2010.07922, table 5;
-    filipbasara0/relic, relic/relic.py `MLPHead`.
+    Source: Grill et al., arXiv:2006.07733, section 3.3; deepmind-research, byol/utils/networks.py
+    `MLP`; Mitrovic et al., arXiv:2010.07922, table 5; filipbasara0/relic, relic/relic.py `MLPHead`.
 
     Raises:
         ValueError: if `norm` is unknown.
     """
     if norm not in MLP_NORMS:
-        raise ValueError(
-            f"`norm` must be one of {MLP_NORMS}. Received: {norm!r}."
-        )
+        raise ValueError(f"`norm` must be one of {MLP_NORMS}. Received: {norm!r}.")
 
     known = ("hidden", "all")  # with BatchNorm; after the last layer only "all"
     options = {"momentum": batch_norm_momentum, "synchronized": global_bn}
@@ -139,13 +129,11 @@ def _stack(
     return keras.Model(hiddens[0], hiddens, name=name)
 
 
-def classifier_head(
-    *, input_dim: int, num_classes: int, zero_init: bool = False
-) -> keras.Model:
+def classifier_head(*, input_dim: int, num_classes: int, zero_init: bool = False) -> keras.Model:
     """Builds a classifier of one linear layer with bias.
 
-    The kernel starts at zero with `zero_init`, as in linear evaluation, or else
-    is drawn from a normal distribution with a standard deviation of 0.01.
+    The kernel starts at zero with `zero_init`, as in linear evaluation, or else is drawn from a
+    normal distribution with a standard deviation of 0.01.
 
     Returns:
         A model from features `[N, input_dim]` to float32 logits

@@ -13,8 +13,8 @@ import keras
 from contrastive.encoders.architecture import KERAS_ENCODERS
 from contrastive.encoders.batch_norm import GlobalBatchNorm
 
-# Random draws must depend on the example, not on the replica; and images are
-# normalised before they enter an encoder.
+# Random draws must depend on the example, not on the replica; and images are normalised before they
+# enter an encoder.
 _REMOVED = (
     keras.layers.Dropout, keras.layers.Rescaling, keras.layers.Normalization,
 )  # fmt: skip
@@ -30,13 +30,13 @@ def keras_backbone(
 ) -> keras.Model:
     """Builds a backbone of `keras.applications` with random weights.
 
-    Differs from Keras's model: each BatchNormalization is a `GlobalBatchNorm`;
-    there is no dropout, stochastic depth or preprocessing of images; and the
-    paths of the variables are the same in every process.
+    Differs from Keras's model: each BatchNormalization is a `GlobalBatchNorm`; there is no dropout,
+    stochastic depth or preprocessing of images; and the paths of the variables are the same in
+    every process.
 
-    `name` is one of `architecture.KERAS_ENCODERS`, or else a `KeyError`. The
-    other arguments and the result are as in `resnet.resnet`, but images must
-    be as large as `architecture.check_image_size` says.
+    `name` is one of `architecture.KERAS_ENCODERS`, or else a `KeyError`. The other arguments and
+    the result are as in `resnet.resnet`, but images must be as large as
+    `architecture.check_image_size` says.
     """
     build = getattr(keras.applications, KERAS_ENCODERS[name])
     options = {"include_top": False, "weights": None, "pooling": "avg"}
@@ -53,9 +53,7 @@ def keras_backbone(
         config = layer.get_config()
         config["name"] = new_names.get(layer, config["name"])
         if layer is pooling:
-            return keras.layers.GlobalAveragePooling2D(
-                name="final_avg_pool", dtype="float32"
-            )
+            return keras.layers.GlobalAveragePooling2D(name="final_avg_pool", dtype="float32")
         if isinstance(layer, keras.layers.BatchNormalization):
             return GlobalBatchNorm(
                 momentum=batch_norm_momentum,

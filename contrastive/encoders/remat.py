@@ -17,15 +17,13 @@ def rematerialized(
 ) -> Callable[[tf.Tensor, bool], tf.Tensor]:
     """Builds a function that computes an encoder in less memory.
 
-    The forward pass keeps only the outputs of the stem and of each block. The
-    backward pass computes the activations in between again, which takes about
-    as long as one more forward pass. Moving statistics are updated once, in the
-    forward pass. Source: Chen et al., arXiv:1604.06174.
+    The forward pass keeps only the outputs of the stem and of each block. The backward pass
+    computes the activations in between again, which takes about as long as one more forward pass.
+    Moving statistics are updated once, in the forward pass. Source: Chen et al., arXiv:1604.06174.
 
     Returns:
-        A function from float32 images `[N, H, W, C]` and `training` to the
-        outputs of `encoder`, whose variables it shares. It may be called,
-        traced and differentiated any number of times.
+        A function from float32 images `[N, H, W, C]` and `training` to the outputs of `encoder`,
+        whose variables it shares. It may be called, traced and differentiated any number of times.
 
     Raises:
         ValueError: if the encoder has no blocks.
@@ -52,9 +50,7 @@ def rematerialized(
     return call
 
 
-def _call_and_forget(
-    part: keras.Model, inputs: tf.Tensor, training: bool
-) -> tf.Tensor:
+def _call_and_forget(part: keras.Model, inputs: tf.Tensor, training: bool) -> tf.Tensor:
     """Calls a model and keeps none of its activations for the gradient."""
     is_forward = True
 

@@ -19,8 +19,8 @@ class NoLabelledImage(ValueError):
 def in_top(k: int, logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """Computes which labels are among the k best classes, as float32 `[b]`.
 
-    The logits are float `[b, classes]`; if there are fewer than k classes, all
-    are used. The labels are int `[b]`; a negative one is treated as class 0.
+    The logits are float `[b, classes]`; if there are fewer than k classes, all are used. The labels
+    are int `[b]`; a negative one is treated as class 0.
     """
     k = min(k, logits.shape[-1])
     found = tf.math.in_top_k(tf.maximum(labels, 0), logits, k)
@@ -36,23 +36,19 @@ def evaluate(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Measures top-1/top-5 accuracy and cross-entropy of the classifier.
 
-    The stream is one of `data.eval_stream`, possibly distributed; the other
-    arguments are as in `features.compute_outputs`, but encoded images must not
-    have a crop proportion.
+    The stream is one of `data.eval_stream`, possibly distributed; the other arguments are as in
+    `features.compute_outputs`, but encoded images must not have a crop proportion.
 
     Returns:
-        `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and
-        `num_examples`, those with a label; and, int64 `[num_examples, 3]`,
-        the id, the label and the predicted class of each.
+        `top_1_accuracy`, `top_5_accuracy` in [0, 1], `loss` in nats and `num_examples`, those with
+        a label; and, int64 `[num_examples, 3]`, the id, the label and the predicted class of each.
 
     Raises:
         NoLabelledImage: if no image has a label.
     """
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
-        images = data_util.eval_images(
-            batch["image"], image_size, crop_proportion=crop_proportion
-        )
+        images = data_util.eval_images(batch["image"], image_size, crop_proportion=crop_proportion)
         return _measure(networks.logits(images, training=False), batch)
 
     @tf.function
@@ -79,9 +75,7 @@ def evaluate(
 def _measure(logits: tf.Tensor, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
     """Computes the sums of a batch, and its rows; the id -1 is of no image."""
     labels = batch["label"]
-    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(
-        tf.maximum(labels, 0), logits
-    )
+    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
     # Padding and images that cannot be decoded have weight 0.
     weight = batch["weight"] * tf.cast(labels >= 0, tf.float32)
     columns = [in_top(k, logits, labels) for k in (1, 5)]

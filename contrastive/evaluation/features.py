@@ -63,12 +63,12 @@ def compute_outputs(
     """Computes a network's outputs for all images of a split, in order.
 
     Args:
-        network: from float32 images `[n, s, s, c]` in [0, 1] to `[n, d]`, made
-            in the strategy's scope; None for the pixels themselves.
+        network: from float32 images `[n, s, s, c]` in [0, 1] to `[n, d]`, made in the strategy's
+            scope; None for the pixels themselves.
         dataset: a result of `data.load`, or a subset of it.
         image_size: side of the network's input images, pixels.
-        crop_proportion: central share of an image that the network is given;
-            None: all, or the largest square of images that vary in size.
+        crop_proportion: central share of an image that the network is given; None: all, or the
+            largest square of images that vary in size.
         batch_size: global batch size.
         strategy: where the network runs; None: the current strategy.
         jit_compile: whether XLA compiles the network.
@@ -78,9 +78,7 @@ def compute_outputs(
 
     @functools.partial(tf.function, jit_compile=jit_compile)
     def forward(images: tf.Tensor) -> tf.Tensor:
-        images = data_util.eval_images(
-            images, image_size, crop_proportion=on_device
-        )
+        images = data_util.eval_images(images, image_size, crop_proportion=on_device)
         if network is None:
             return tf.reshape(images, [images.shape[0], -1])
         return tf.cast(network(images, training=False), tf.float32)
@@ -117,9 +115,7 @@ def compute_outputs(
             rate = done / (now - started)
             logging.info("%s: %s, %.0f images/s", split, progress, rate)
         batches.append([column.numpy() for column in step(batch)])
-    values, labels, ids, weight = map(
-        np.concatenate, zip(*batches, strict=True)
-    )
+    values, labels, ids, weight = map(np.concatenate, zip(*batches, strict=True))
     return Outputs(values=values, labels=labels, ids=ids).rows(weight > 0)
 
 
@@ -144,8 +140,8 @@ def cached(
 ) -> dict[str, np.ndarray]:
     """Returns `make()`, or its result from the last call with the same key.
 
-    The directory (None: nowhere) keeps a file of arrays for each key, which
-    holds everything that the result depends on, for JSON.
+    The directory (None: nowhere) keeps a file of arrays for each key, which holds everything that
+    the result depends on, for JSON.
     """
     if directory is None:
         return make()
@@ -178,32 +174,26 @@ def check_output(path: str, formats: Sequence[str]) -> None:
     """Checks that a file can be written, and makes its folder.
 
     Raises:
-        ValueError: if the extension of the path is none of `formats`, or a
-            library is missing.
+        ValueError: if the extension of the path is none of `formats`, or a library is missing.
     """
     extension = os.path.splitext(path)[1]
     if extension not in formats:
         raise ValueError(
-            f"The file to write must end in {' or '.join(formats)}. "
-            f"Received: {path!r}."
+            f"The file to write must end in {' or '.join(formats)}. Received: {path!r}."
         )
     if extension == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise ValueError(
-            "Parquet files need pyarrow: pip install -r requirements.txt"
-        )
+        raise ValueError("Parquet files need pyarrow: pip install -r requirements.txt")
     storage.make_folder(os.path.dirname(path) or os.curdir)
 
 
 def write_embeddings(path: str, dataset: data.Dataset, outputs: Outputs) -> int:
     """Writes an embedding for each image that could be read, in their order.
 
-    Both formats hold `name` (of the file in its folder, or the example's id),
-    `id`, `label` (-1: none), and `embedding`, float32. An .npz file also holds
-    `class_names` and `unreadable`, the names of missing images; a Parquet file
-    has a column `class` instead.
+    Both formats hold `name` (of the file in its folder, or the example's id), `id`, `label` (-1:
+    none), and `embedding`, float32. An .npz file also holds `class_names` and `unreadable`, the
+    names of missing images; a Parquet file has a column `class` instead.
 
-    The path ends in one of `EMBEDDING_FORMATS`. Returns the number of images
-    without an embedding.
+    The path ends in one of `EMBEDDING_FORMATS`. Returns the number of images without an embedding.
     """
     columns, missing = _columns(dataset, outputs)
     if path.endswith(".npz"):
@@ -233,15 +223,14 @@ def write_predictions(
 ) -> int:
     """Writes the most probable classes of each image, in their order.
 
-    A CSV file has the columns `name`, `label` (where images have any),
-    `class_1`, `probability_1`, `class_2`, ...; an .npz the arrays `name`, `id`,
-    `label`, `class` and `probability` `[N, k]`, `class_names`, `unreadable`.
-    Labels are those of the images; in an .npz, `label_names` are their names,
-    which may differ from those of the classifier's classes.
+    A CSV file has the columns `name`, `label` (where images have any), `class_1`, `probability_1`,
+    `class_2`, ...; an .npz the arrays `name`, `id`, `label`, `class` and `probability` `[N, k]`,
+    `class_names`, `unreadable`. Labels are those of the images; in an .npz, `label_names` are their
+    names, which may differ from those of the classifier's classes.
 
-    The path ends in one of `PREDICTION_FORMATS`; None: CSV on standard output.
-    `outputs` are probabilities of the classifier's classes, of which at most
-    `top_k` are written. Returns the number of images without a prediction.
+    The path ends in one of `PREDICTION_FORMATS`; None: CSV on standard output. `outputs` are
+    probabilities of the classifier's classes, of which at most `top_k` are written. Returns the
+    number of images without a prediction.
     """
     columns, missing = _columns(dataset, outputs)
     best = np.argsort(-outputs.values, axis=1, kind="stable")[:, :top_k]
@@ -273,9 +262,7 @@ def write_predictions(
     return len(missing)
 
 
-def _names(
-    dataset: data.Dataset, ids: np.ndarray
-) -> tuple[list[str], list[str]]:
+def _names(dataset: data.Dataset, ids: np.ndarray) -> tuple[list[str], list[str]]:
     """Returns the names of the examples `ids`, and of all missing ones."""
     try:
         names = list(dataset.names())
@@ -286,9 +273,7 @@ def _names(
     return found, sorted([*by_id.values(), *dataset.unreadable])
 
 
-def _columns(
-    dataset: data.Dataset, outputs: Outputs
-) -> tuple[dict[str, Any], list[str]]:
+def _columns(dataset: data.Dataset, outputs: Outputs) -> tuple[dict[str, Any], list[str]]:
     names, missing = _names(dataset, outputs.ids)
     columns = {"name": names, "id": outputs.ids, "label": outputs.labels}
     return columns, missing

@@ -28,8 +28,8 @@ from contrastive.evaluation import features as features_lib
 from contrastive.evaluation.features import Outputs
 
 _PIXELS_SIDE = 32  # at most, of raw pixels: larger ones are shrunk
-# Inverse strengths of L2 regularisation, of which held-out training examples
-# choose one; with fewer than `_FEW_LABELS` labels a class, it is fixed.
+# Inverse strengths of L2 regularisation, of which held-out training examples choose one; with fewer
+# than `_FEW_LABELS` labels a class, it is fixed.
 _INVERSE_L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FEW_LABELS_INVERSE_L2 = 0.1
 _FEW_LABELS = 20
@@ -43,8 +43,8 @@ Rows = tuple[np.ndarray, np.ndarray]  # features `[N, d]` and labels `[N]`
 class Options:
     """Options of a probe.
 
-    A label budget is "5" for 5 labels of each class, or "10%" for a share of
-    all labels; other texts raise a ValueError.
+    A label budget is "5" for 5 labels of each class, or "10%" for a share of all labels; other
+    texts raise a ValueError.
     """
 
     knn_k: int = 20  # number of nearest neighbours
@@ -67,8 +67,7 @@ class Scores:
     linear: float  # of logistic regression on all training labels
     inverse_l2: float  # C of it, chosen on held-out training images
     knn: float  # of weighted nearest neighbours
-    # Of logistic regression on few labels, one for each seed, by the budget:
-    # "5 a class", "10 %".
+    # Of logistic regression on few labels, one for each seed, by the budget: "5 a class", "10 %".
     few_labels: Mapping[str, Sequence[float]]
 
 
@@ -94,9 +93,7 @@ class Results:
     def record(self) -> dict[str, Any]:
         """Returns all fields but the arrays, for a JSON file."""
         fields = {
-            name: value
-            for name, value in vars(self).items()
-            if not isinstance(value, np.ndarray)
+            name: value for name, value in vars(self).items() if not isinstance(value, np.ndarray)
         }
         return fields | {
             "scores": [vars(scores) for scores in self.scores],
@@ -104,9 +101,7 @@ class Results:
         }
 
 
-def standardize(
-    train: np.ndarray, test: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales features to mean 0 and variance 1 over `train`."""
     scaler = StandardScaler().fit(train)
     return scaler.transform(train), scaler.transform(test)
@@ -117,12 +112,11 @@ def linear_predictions(
 ) -> tuple[np.ndarray, float]:
     """Fits multinomial logistic regression and predicts the test labels.
 
-    The strength of L2 regularisation is the one, of five, with the highest
-    accuracy on a fifth of the training examples when fitted to the others; of
-    equals, the strongest. The classifier is then fitted to all. With fewer
-    than 20 labels a class, the strength is fixed. The features should be of
-    about unit variance; the seed chooses the held-out examples. Returns labels
-    `[M]`, and the inverse strength, scikit-learn's `C`.
+    The strength of L2 regularisation is the one, of five, with the highest accuracy on a fifth of
+    the training examples when fitted to the others; of equals, the strongest. The classifier is
+    then fitted to all. With fewer than 20 labels a class, the strength is fixed. The features
+    should be of about unit variance; the seed chooses the held-out examples. Returns labels `[M]`,
+    and the inverse strength, scikit-learn's `C`.
     """
     classifier = _fit_linear(train, seed)
     return classifier.predict(test_features), classifier.C
@@ -130,16 +124,12 @@ def linear_predictions(
 
 def _fit_linear(train: Rows, seed: int) -> LogisticRegression:
     features, labels = train
-    classifier = LogisticRegression(
-        C=_FEW_LABELS_INVERSE_L2, max_iter=_SOLVER_STEPS
-    )
+    classifier = LogisticRegression(C=_FEW_LABELS_INVERSE_L2, max_iter=_SOLVER_STEPS)
     if len(labels) < _FEW_LABELS * len(np.unique(labels)):
         return classifier.fit(features, labels)
     order = np.random.default_rng(seed).permutation(len(labels))
     split = int(len(order) * _HELD_OUT_SHARE)
-    search = GridSearchCV(
-        classifier, {"C": _INVERSE_L2}, cv=[(order[split:], order[:split])]
-    )
+    search = GridSearchCV(classifier, {"C": _INVERSE_L2}, cv=[(order[split:], order[:split])])
     with joblib.parallel_config("threading", n_jobs=-1):
         return search.fit(features, labels).best_estimator_
 
@@ -147,8 +137,8 @@ def _fit_linear(train: Rows, seed: int) -> LogisticRegression:
 def choose_labels(labels: np.ndarray, budget: str, seed: int) -> np.ndarray:
     """Draws the rows of a label budget, at random.
 
-    The budget is one of `Options`, and the labels are `[N]`. At least one label
-    of each class is drawn, and all labels of a class that has fewer.
+    The budget is one of `Options`, and the labels are `[N]`. At least one label of each class is
+    drawn, and all labels of a class that has fewer.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     number = float(budget.removesuffix("%"))
@@ -164,13 +154,11 @@ def _budget_name(budget: str) -> str:
     return budget.replace("%", " %") if "%" in budget else f"{budget} a class"
 
 
-def knn_accuracy(
-    train: Rows, test: Rows, k: int = 20, temperature: float = 0.07
-) -> float:
+def knn_accuracy(train: Rows, test: Rows, k: int = 20, temperature: float = 0.07) -> float:
     """Measures the test accuracy of weighted nearest neighbours, by cosine.
 
-    The weight of a neighbour's vote is `exp(cosine / temperature)`, with a
-    temperature > 0. If there are fewer than k training examples, all vote.
+    The weight of a neighbour's vote is `exp(cosine / temperature)`, with a temperature > 0. If
+    there are fewer than k training examples, all vote.
 
     Source: Wu et al., arXiv:1805.01978, section 3.4.
     """
@@ -182,9 +170,7 @@ def knn_accuracy(
     return float(classifier.fit(*train).score(*test))
 
 
-def _judge(
-    train: Outputs, test: Outputs, options: Options
-) -> dict[str, np.ndarray]:
+def _judge(train: Outputs, test: Outputs, options: Options) -> dict[str, np.ndarray]:
     """Computes the fields of `Scores`, as JSON, and test predictions."""
     # The mean and the variance of all training images need no labels.
     features, test_features = standardize(train.values, test.values)
@@ -244,11 +230,10 @@ def measure(
 ) -> Results:
     """Measures the accuracies that simple classifiers reach on features.
 
-    The encoders are by the name to report; None stands for raw pixels. Images
-    have sides of `image_size` pixels, and those of both splits have the same
-    classes; otherwise `check_classes` raises a ValueError. Features and scores
-    are kept in the directory `cache`, if any. The other arguments are those of
-    `features.compute_outputs`.
+    The encoders are by the name to report; None stands for raw pixels. Images have sides of
+    `image_size` pixels, and those of both splits have the same classes; otherwise `check_classes`
+    raises a ValueError. Features and scores are kept in the directory `cache`, if any. The other
+    arguments are those of `features.compute_outputs`.
     """
     check_classes(train_data, test_data)
     if 0 < options.max_train < train_data.num_examples:
@@ -257,9 +242,7 @@ def measure(
     splits = [(split, split.fingerprint()) for split in (train_data, test_data)]
     scores = []
     for name, encoder in encoders.items():
-        train, test, judged = _measure_one(
-            encoder, splits, image_size, options, cache, forward
-        )
+        train, test, judged = _measure_one(encoder, splits, image_size, options, cache, forward)
         scores.append(Scores(name=name, **json.loads(str(judged["scores"]))))
         logging.info("%s: linear top-1 %.1f %%", name, 100 * scores[-1].linear)
     num_labels = {
@@ -351,8 +334,6 @@ def table(results: Results) -> str:
         for scores in results.scores
     ]
     align = ["left"] + ["right"] * (len(header) - 1)
-    lines = tabulate.tabulate(
-        rows, header, "simple", disable_numparse=True, colalign=align
-    )
+    lines = tabulate.tabulate(rows, header, "simple", disable_numparse=True, colalign=align)
     count = f"{results.num_train:,} training, {len(results.test_ids):,} test"
     return f"{results.dataset}, {count} images\n{lines}"

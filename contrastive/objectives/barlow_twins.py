@@ -24,20 +24,18 @@ def barlow_twins_loss(
 ) -> tf.Tensor:
     """Computes the distance of the views' cross-correlation to the identity.
 
-    `sum_k (1 - C_kk)^2 + redundancy_weight sum_k sum_(l != k) C_kl^2`, where
-    C_kl is the correlation over the global batch between dimension k of view 1
-    and dimension l of view 2.
+    `sum_k (1 - C_kk)^2 + redundancy_weight sum_k sum_(l != k) C_kl^2`, where C_kl is the
+    correlation over the global batch between dimension k of view 1 and dimension l of view 2.
 
-    Source: Zbontar et al., arXiv:2103.03230, with the conventions of lightly
-    1.6.0 (`lambda_param`) and facebookresearch/barlowtwins (whose weight is
-    0.0051): unlike in the paper, 1e-5 is added to the variances. On several
-    replicas, lightly standardises each local batch by itself; this takes mean
-    and variance over the global batch.
+    Source: Zbontar et al., arXiv:2103.03230, with the conventions of lightly 1.6.0 (`lambda_param`)
+    and facebookresearch/barlowtwins (whose weight is 0.0051): unlike in the paper, 1e-5 is added to
+    the variances. On several replicas, lightly standardises each local batch by itself; this takes
+    mean and variance over the global batch.
 
     Args:
         z1: float `[b, d]`, this replica's projections of the first view.
-        z2: float `[b, d]`, projections of the second view; row i is the same
-            image as row i of `z1`. They are not l2-normalised.
+        z2: float `[b, d]`, projections of the second view; row i is the same image as row i of
+            `z1`. They are not l2-normalised.
         redundancy_weight: weight of the off-diagonal correlations, >= 0.
         gather: as in `simclr_loss`.
 
@@ -52,10 +50,7 @@ def barlow_twins_loss(
     (all1, _), (all2, _) = gather(z1), gather(z2)
     size = all1.shape[0]
     common.check_batch(size, "Batch statistics need variation")
-    correlation = (
-        tf.matmul(_standardise(all1), _standardise(all2), transpose_a=True)
-        / size
-    )
+    correlation = tf.matmul(_standardise(all1), _standardise(all2), transpose_a=True) / size
     diagonal = tf.linalg.diag_part(correlation)
     off_diagonal = tf.linalg.set_diag(correlation, tf.zeros_like(diagonal))
     invariance = tf.reduce_sum((diagonal - 1.0) ** 2)
@@ -84,8 +79,8 @@ class BarlowTwins(TwoViewObjective):
         "proj_out_dim": 2048,
         "weight_decay": 1e-6,
     }
-    # Nothing is published for small images: a head in proportion to the
-    # encoder, and no blur, as in SimCLR's recipe for CIFAR-10.
+    # Nothing is published for small images: a head in proportion to the encoder, and no blur, as in
+    # SimCLR's recipe for CIFAR-10.
     small_images = {
         "proj_hidden_dim": (512, 512),
         "proj_out_dim": 512,

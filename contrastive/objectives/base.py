@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The protocol of objectives: what the training step asks of them.
 
-An objective is a frozen dataclass of hyperparameters. Each hyperparameter is
-declared by `field`, from which its flag is made. To add one: a new file beside
-this one with the loss and the dataclass, and a line in `objective.OBJECTIVES`.
+An objective is a frozen dataclass of hyperparameters. Each hyperparameter is declared by `field`,
+from which its flag is made. To add one: a new file beside this one with the loss and the dataclass,
+and a line in `objective.OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ with epy.lazy_imports():
     import tensorflow as tf
 
 Metrics = dict[str, "tf.Tensor"]
-# Maps a tensor of this replica's rows `[b, ...]` to those of all replicas,
-# `[B, ...]`, and the global index of this replica's first row.
+# Maps a tensor of this replica's rows `[b, ...]` to those of all replicas, `[B, ...]`, and the
+# global index of this replica's first row.
 Gather = Callable[["tf.Tensor"], tuple["tf.Tensor", "tf.Tensor"]]
 
 
@@ -32,8 +32,8 @@ class Embedded(NamedTuple):
 
     Attributes:
         online: float `[b, d]` per view, the large views first.
-        target: float `[b, d]` per large view, of the target network; without
-            one, those of `online`.
+        target: float `[b, d]` per large view, of the target network; without one, those of
+            `online`.
         features: float `[nL b, f]`, input of the classifier, large views only.
         penalty: float32 scalar, a part of the loss that needs the views.
     """
@@ -52,8 +52,8 @@ class Training:
         batch_size: global batch size.
         num_examples: images per epoch.
         num_classes: number of classes; 0 without labels.
-        labelled: bool `[num_examples]`, True for images whose labels may be
-            used; None: all that have one.
+        labelled: bool `[num_examples]`, True for images whose labels may be used; None: all that
+            have one.
         num_large_views: number of large views.
         embedding_dim: size of an embedding.
     """
@@ -71,15 +71,15 @@ class StepContext:
     """The surroundings of an objective in one training step on one replica.
 
     Attributes:
-        batch: `id` int64 `[b]`, `epoch` int32 `[b]`, `label` int32 `[b]`, -1
-            where there is none, and the images.
+        batch: `id` int64 `[b]`, `epoch` int32 `[b]`, `label` int32 `[b]`, -1 where there is none,
+            and the images.
         gather: see `Gather`; a tensor is exchanged only once per step.
         step: int64 scalar, optimizer steps done so far.
         state: layer of `Objective.build_state`; None if it keeps nothing.
         training: facts of the run.
-        draw: `draw(use, groups, count)` returns float32 `[groups, b, count]` in
-            [0, 1): random numbers that depend on the seed, the epoch, the
-            example and `use`, and not on the replica.
+        draw: `draw(use, groups, count)` returns float32 `[groups, b, count]` in [0, 1): random
+            numbers that depend on the seed, the epoch, the example and `use`, and not on the
+            replica.
     """
 
     batch: Mapping[str, tf.Tensor]
@@ -95,15 +95,15 @@ class Objective:
     """An objective of pretraining with its hyperparameters.
 
     Attributes:
-        multi_view: whether it takes any number of views and a target network;
-            otherwise two large views.
+        multi_view: whether it takes any number of views and a target network; otherwise two large
+            views.
         uses_labels: whether it uses labels.
         differentiates_twice: whether its loss contains gradients.
-        loss_scale: size of the loss before training, relative to that of a
-            cross-entropy; the self-test divides its learning rate by it.
+        loss_scale: size of the loss before training, relative to that of a cross-entropy; the
+            self-test divides its learning rate by it.
         defaults: values of other flags (networks, views, optimizer) by name.
-        small_images: values that replace those of `defaults`, and of its own
-            fields, for images of up to 32 pixels.
+        small_images: values that replace those of `defaults`, and of its own fields, for images of
+            up to 32 pixels.
         without_target: values that replace both without a target network.
         synonyms: other names of common flags under this objective.
     """
@@ -130,8 +130,8 @@ class Objective:
     def build_state(self, training: Training) -> keras.layers.Layer | None:
         """Returns variables that are kept beside the networks, or None.
 
-        They are checkpointed and replicated; trainable ones are trained by
-        Adam. To be called in the scope of the strategy.
+        They are checkpointed and replicated; trainable ones are trained by Adam. To be called in
+        the scope of the strategy.
         """
         del training
         return None
@@ -139,8 +139,8 @@ class Objective:
     def state_bytes(self, training: Training) -> int:
         """Computes the size of the state and of its optimizer, in bytes.
 
-        An objective that keeps a state overrides this beside `build_state`: a
-        dry run prints it without TensorFlow.
+        An objective that keeps a state overrides this beside `build_state`: a dry run prints it
+        without TensorFlow.
         """
         del training
         return 0
@@ -153,9 +153,7 @@ class Objective:
         """Returns the embeddings of views, float32 `[b, s, s, c]` each."""
         return forward(views)
 
-    def __call__(
-        self, embedded: Embedded, context: StepContext
-    ) -> tuple[tf.Tensor, Metrics]:
+    def __call__(self, embedded: Embedded, context: StepContext) -> tuple[tf.Tensor, Metrics]:
         """Returns the loss, a mean over this replica's rows, and metrics."""
         raise NotImplementedError
 

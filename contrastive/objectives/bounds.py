@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bounds on mutual information: Jensen-Shannon, NWJ and Donsker-Varadhan.
 
-P are the positive pairs, Q the negative pairs. The formulas are those of Poole
-et al., arXiv:1905.06922, with the conventions of
-martinmamql/relative_predictive_coding vision/objective.py. All losses are
-averaged over both directions.
+P are the positive pairs, Q the negative pairs. The formulas are those of Poole et al.,
+arXiv:1905.06922, with the conventions of martinmamql/relative_predictive_coding
+vision/objective.py. All losses are averaged over both directions.
 """
 
 from __future__ import annotations
@@ -34,12 +33,11 @@ def js_loss(
 
     `-(E_P[-softplus(-f)] - E_Q[softplus(f)])`
 
-    Source: see the module; `loss_type == "js"`. As there, an anchor's score
-    with itself counts as one more negative of score 0 (a constant), so that
-    the mean is over `2B - 1` entries per anchor.
+    Source: see the module; `loss_type == "js"`. As there, an anchor's score with itself counts as
+    one more negative of score 0 (a constant), so that the mean is over `2B - 1` entries per anchor.
 
-    Arguments and errors are those of `simclr_loss`; returns a float32 scalar,
-    the mean over this replica's rows.
+    Arguments and errors are those of `simclr_loss`; returns a float32 scalar, the mean over this
+    replica's rows.
     """
     return _f_divergence_loss(
         two_view.score_two_views(z1, z2, temperature, hidden_norm, gather),
@@ -58,15 +56,14 @@ def nwj_loss(
 ) -> tf.Tensor:
     """Computes the negative Nguyen-Wainwright-Jordan bound.
 
-    `-(E_P[f] - E_Q[exp(f - 1)])`, which is unbounded in f; training with it
-    collapsed in the RPC paper.
+    `-(E_P[f] - E_Q[exp(f - 1)])`, which is unbounded in f; training with it collapsed in the RPC
+    paper.
 
-    Source: see the module; `loss_type == "nwj"`. As there, an anchor's score
-    with itself counts as one more negative of score 0 (a constant), so that
-    the mean is over `2B - 1` entries per anchor.
+    Source: see the module; `loss_type == "nwj"`. As there, an anchor's score with itself counts as
+    one more negative of score 0 (a constant), so that the mean is over `2B - 1` entries per anchor.
 
-    Arguments and errors are those of `simclr_loss`; returns a float32 scalar,
-    the mean over this replica's rows.
+    Arguments and errors are those of `simclr_loss`; returns a float32 scalar, the mean over this
+    replica's rows.
     """
     return _f_divergence_loss(
         two_view.score_two_views(z1, z2, temperature, hidden_norm, gather),
@@ -85,14 +82,14 @@ def dv_loss(
 ) -> tf.Tensor:
     """Computes the negative Donsker-Varadhan bound on mutual information.
 
-    `-(E_P[f] - log E_Q[exp f])`. The mean inside the logarithm is over the
-    global batch, to which all replicas contribute their rows.
+    `-(E_P[f] - log E_Q[exp f])`. The mean inside the logarithm is over the global batch, to which
+    all replicas contribute their rows.
 
-    Source: see the module; `loss_type == "dv"`. As there, positives enter the
-    log-sum-exp with score 0, and the mean is over `(2B - 1)B` entries.
+    Source: see the module; `loss_type == "dv"`. As there, positives enter the log-sum-exp with
+    score 0, and the mean is over `(2B - 1)B` entries.
 
-    Arguments and errors are those of `simclr_loss`; returns a float32 scalar,
-    whose mean over replicas is the loss of the global batch.
+    Arguments and errors are those of `simclr_loss`; returns a float32 scalar, whose mean over
+    replicas is the loss of the global batch.
     """
     gather = gather or common.single_replica
     views = two_view.score_two_views(z1, z2, temperature, hidden_norm, gather)

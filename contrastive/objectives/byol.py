@@ -20,9 +20,9 @@ from contrastive.objectives.two_view import contrastive_metrics
 with epy.lazy_imports():
     import tensorflow as tf
 
-# BYOL's networks and optimizer, which ReLIC (with a target network), ReLICv2
-# and SemPPL share. Source: deepmind-research, byol/configs/byol.py; Grill et
-# al., arXiv:2006.07733, appendix F, for its residual blocks' gammas of 1.
+# BYOL's networks and optimizer, which ReLIC (with a target network), ReLICv2 and SemPPL share.
+# Source: deepmind-research, byol/configs/byol.py; Grill et al., arXiv:2006.07733, appendix F, for
+# its residual blocks' gammas of 1.
 BYOL_DEFAULTS = {
     "augmentation": "byol",
     "padding": "same",
@@ -37,9 +37,9 @@ BYOL_DEFAULTS = {
     "lars_variant": "deepmind",
     "weight_decay": 1.5e-6,
 }
-# Nothing is published for small images. The choices made here are a head in
-# proportion to the encoder, a target that follows within a hundred epochs, and
-# no blur, as in SimCLR's recipe for CIFAR-10.
+# Nothing is published for small images. The choices made here are a head in proportion to the
+# encoder, a target that follows within a hundred epochs, and no blur, as in SimCLR's recipe for
+# CIFAR-10.
 BYOL_SMALL_IMAGES = {
     "proj_hidden_dim": (512,),
     "target_decay": 0.99,
@@ -56,12 +56,11 @@ def byol_loss(
 ) -> tf.Tensor:
     """Computes the distance of predictions to the targets of other views.
 
-    The sum over pairs (a, c) of different views of `mean_i |o_i - t_i|^2`,
-    where o and t are the l2-normalised online view a and target view c.
+    The sum over pairs (a, c) of different views of `mean_i |o_i - t_i|^2`, where o and t are the
+    l2-normalised online view a and target view c.
 
-    Source: Grill et al., arXiv:2006.07733, equation 2 and its symmetric
-    counterpart; deepmind-research/byol byol_experiment.py, whose sum over two
-    views this extends to any number.
+    Source: Grill et al., arXiv:2006.07733, equation 2 and its symmetric counterpart;
+    deepmind-research/byol byol_experiment.py, whose sum over two views this extends to any number.
 
     Args:
         online: as in `relic_loss`.
@@ -92,9 +91,7 @@ class BYOL(Objective):
     defaults = BYOL_DEFAULTS
     small_images = BYOL_SMALL_IMAGES
 
-    def __call__(
-        self, embedded: Embedded, context: StepContext
-    ) -> tuple[tf.Tensor, Metrics]:
+    def __call__(self, embedded: Embedded, context: StepContext) -> tuple[tf.Tensor, Metrics]:
         """Returns `byol_loss` and metrics of the cosines."""
         loss = byol_loss(embedded.online, embedded.target)
         return loss, contrastive_metrics(

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Online views of this replica's images compared with all target views.
 
-The losses of many views take sequences of tensors, one per view: `online` has
-the nL large views, then the nS small ones; `target` has the nL large views in
-the same order. They go over pairs (a, c) of online view a and target view c,
-in the order of a, then of c. An anchor of view a has target view c of its own
-image as its positive, and target view c of other images as its negatives.
+The losses of many views take sequences of tensors, one per view: `online` has the nL large views,
+then the nS small ones; `target` has the nL large views in the same order. They go over pairs (a, c)
+of online view a and target view c, in the order of a, then of c. An anchor of view a has target
+view c of its own image as its positive, and target view c of other images as its negatives.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ Pair = tuple[int, int]
 class Comparison:
     """Scores of the candidates of each pair of views.
 
-    The M candidates of a row are its own image and its negatives: all B images
-    of the global batch, or the own image followed by n sampled ones.
+    The M candidates of a row are its own image and its negatives: all B images of the global batch,
+    or the own image followed by n sampled ones.
 
     Attributes:
         pairs: the P pairs (a, c) of views that the loss goes over.
@@ -84,9 +83,7 @@ class Comparison:
         self.logits = self.choose(self.scores, self.pairs)
         self.log_p = tf.nn.log_softmax(self.logits)
 
-    def score(
-        self, equation: str, anchors: tf.Tensor, others: tf.Tensor
-    ) -> tf.Tensor:
+    def score(self, equation: str, anchors: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
         """Computes scores by an einsum equation of normalised embeddings."""
         cosine = tf.einsum(equation, anchors, others)
         return cosine / self._temperature + self._bias
@@ -94,8 +91,8 @@ class Comparison:
     def transposed_scores(self, first: int) -> tf.Tensor:
         """Scores target views of local images with global online views.
 
-        The online views are those from number `first` on. Returns float32
-        `[b, nL, nL + nS - first, B]`.
+        The online views are those from number `first` on. Returns float32 `[b, nL, nL + nS - first,
+        B]`.
         """
         views = [self.gather(z)[0] for z in self._online[first:]]
         return self.score(
@@ -115,8 +112,7 @@ class Comparison:
         Args:
             scores: float32 `[b, V, W, B]`.
             views: n pairs of indices of the two axes of views.
-            numbers: n indices of `pairs`, whose candidates are selected; None
-                for all pairs.
+            numbers: n indices of `pairs`, whose candidates are selected; None for all pairs.
 
         Returns:
             float32 `[b, n, M]`.
@@ -144,9 +140,7 @@ class Comparison:
         mean = tf.reduce_mean(loss)
         return mean / len(self.pairs) if average_pairs else mean
 
-    def _sample(
-        self, draws: tf.Tensor | None, count: int, offset: int | tf.Tensor
-    ) -> tf.Tensor:
+    def _sample(self, draws: tf.Tensor | None, count: int, offset: int | tf.Tensor) -> tf.Tensor:
         """Samples global indices of negatives, int32 `[b, P, count]`."""
         expected = [len(self.pairs), self._online[0].shape[0], count]
         if draws is None or draws.shape.as_list() != expected:
@@ -164,18 +158,13 @@ def num_pairs(num_online: int, num_target: int, include_same_view: bool) -> int:
     return len(view_pairs(num_online, num_target, include_same_view))
 
 
-def view_pairs(
-    num_online: int, num_target: int, include_same_view: bool
-) -> list[Pair]:
+def view_pairs(num_online: int, num_target: int, include_same_view: bool) -> list[Pair]:
     """Lists the pairs (a, c) of nL + nS online and nL target views, in order.
 
     Pairs (a, a) are among them if `include_same_view`.
     """
     return [
-        (a, c)
-        for a in range(num_online)
-        for c in range(num_target)
-        if include_same_view or a != c
+        (a, c) for a in range(num_online) for c in range(num_target) if include_same_view or a != c
     ]
 
 
@@ -192,9 +181,7 @@ def check_views(
         )
     shapes = [tuple(z.shape) for z in (*online, *target)]
     if len(set(shapes)) > 1:
-        raise ValueError(
-            f"All views must be of the same shape. Received: {shapes}."
-        )
+        raise ValueError(f"All views must be of the same shape. Received: {shapes}.")
     pairs = view_pairs(len(online), len(target), include_same_view)
     if not pairs:
         raise ValueError(
@@ -204,17 +191,15 @@ def check_views(
     return pairs
 
 
-def sample_negatives(
-    draws: tf.Tensor, batch_size: int, offset: int | tf.Tensor
-) -> tf.Tensor:
+def sample_negatives(draws: tf.Tensor, batch_size: int, offset: int | tf.Tensor) -> tf.Tensor:
     """Samples other images for each row, without replacement.
 
-    All subsets of n of the B - 1 other images are equally likely (their order
-    is not random), except for rounding: uniform numbers of 23 bits, as made by
-    tf.random, prefer some images by a share of at most `B / 2^23`.
+    All subsets of n of the B - 1 other images are equally likely (their order is not random),
+    except for rounding: uniform numbers of 23 bits, as made by tf.random, prefer some images by a
+    share of at most `B / 2^23`.
 
-    Source: Floyd's algorithm, in Bentley, "Programming pearls: a sample of
-    brilliance", Communications of the ACM 30 (9), 1987.
+    Source: Floyd's algorithm, in Bentley, "Programming pearls: a sample of brilliance",
+    Communications of the ACM 30 (9), 1987.
 
     Args:
         draws: float32 `[..., b, n]` in [0, 1), independent and uniform.
@@ -230,8 +215,7 @@ def sample_negatives(
     count = draws.shape[-1]
     if count > batch_size - 1:
         raise ValueError(
-            f"There are {batch_size - 1} other images in the batch. "
-            f"Received: draws of {count}."
+            f"There are {batch_size - 1} other images in the batch. Received: draws of {count}."
         )
     lasts = tf.range(batch_size - 1 - count, batch_size - 1)
     candidates = common.uniform_integer(draws, lasts + 1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pseudo-labels and semantic positives from a queue of labelled images.
 
-Source of all functions: Bosnjak et al., arXiv:2301.05158, as implemented again
-by JuergenThann/MAE-CT_SemPPL.
+Source of all functions: Bosnjak et al., arXiv:2301.05158, as implemented again by
+JuergenThann/MAE-CT_SemPPL.
 """
 
 from __future__ import annotations
@@ -29,23 +29,21 @@ def pseudo_labels(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Predicts the class of each image by a vote of its nearest neighbours.
 
-    Each of the nL large views finds its nearest neighbour by cosine in each of
-    nL queues of targets of labelled images, which gives `nL^2` votes. Among
-    classes with equally many votes the smallest wins. There is no gradient.
+    Each of the nL large views finds its nearest neighbour by cosine in each of nL queues of targets
+    of labelled images, which gives `nL^2` votes. Among classes with equally many votes the smallest
+    wins. There is no gradient.
 
     Args:
         online: nL tensors, float `[b, d]`: predictions of the large views.
         queue: float `[nL, C, d]`, targets of C labelled images, by large view.
         queue_labels: int32 `[C]`, their classes in [0, num_classes).
         queue_ids: int64 `[C]`, their example ids; -1 for an empty slot.
-        ids: int64 `[b]`, example ids of the rows; an image is not its own
-            neighbour.
+        ids: int64 `[b]`, example ids of the rows; an image is not its own neighbour.
         num_classes: number of classes.
 
     Returns:
-        A tuple of int32 `[b]`, the labels, -1 if the queue has no other image;
-        and float32 `[b]`, the share of votes for them in [0, 1], 0 if there
-        are none.
+        A tuple of int32 `[b]`, the labels, -1 if the queue has no other image; and float32 `[b]`,
+        the share of votes for them in [0, 1], 0 if there are none.
 
     Raises:
         ValueError: if the number of views and of queues differ.
@@ -68,9 +66,7 @@ def pseudo_labels(
     shares = tf.reduce_mean(tf.cast(is_same, tf.float32), axis=2)
     share = tf.reduce_max(shares, axis=1)
     # tf.argmax does not promise which of several maxima it returns.
-    label = tf.reduce_min(
-        tf.where(tf.equal(shares, share[:, None]), votes, num_classes), axis=1
-    )
+    label = tf.reduce_min(tf.where(tf.equal(shares, share[:, None]), votes, num_classes), axis=1)
     has_neighbour = tf.reduce_any(is_other, axis=1)
     return (
         tf.where(has_neighbour, label, -1),
@@ -88,10 +84,9 @@ def draw_semantic_positives(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Draws targets of labelled images of each row's class from the queue.
 
-    Draw u takes entry `floor(u m)` of the row's m matches in the order of
-    their slots: the entries of the row's class, without the row's own image
-    (which the re-implementation does not exclude). Draws are with replacement.
-    There is no gradient.
+    Draw u takes entry `floor(u m)` of the row's m matches in the order of their slots: the entries
+    of the row's class, without the row's own image (which the re-implementation does not exclude).
+    Draws are with replacement. There is no gradient.
 
     Args:
         labels: int32 `[b]`, (pseudo-)labels of the rows, -1 for none.
@@ -102,12 +97,10 @@ def draw_semantic_positives(
         draws: float32 `[nL, b, k]` in [0, 1), independent and uniform.
 
     Returns:
-        A tuple of float32 `[nL, b, k, d]`, the drawn entries of each queue,
-        zeros for rows without a match; and bool `[b]`, whether there is one.
+        A tuple of float32 `[nL, b, k, d]`, the drawn entries of each queue, zeros for rows without
+        a match; and bool `[b]`, whether there is one.
     """
-    matches = tf.logical_and(
-        tf.equal(queue_labels, labels[:, None]), _is_other(queue_ids, ids)
-    )
+    matches = tf.logical_and(tf.equal(queue_labels, labels[:, None]), _is_other(queue_ids, ids))
     matches = tf.logical_and(matches, labels[:, None] >= 0)
     ranks = tf.cumsum(tf.cast(matches, tf.int32), axis=1)  # Starting at 1.
     count = ranks[:, -1]
@@ -117,9 +110,7 @@ def draw_semantic_positives(
     )
     # For rows without a match, the slot after the last one is found.
     slots = tf.minimum(slots, queue.shape[1] - 1)
-    positives = tf.gather(
-        tf.cast(queue, tf.float32), slots, axis=1, batch_dims=1
-    )
+    positives = tf.gather(tf.cast(queue, tf.float32), slots, axis=1, batch_dims=1)
     has_positive = count > 0
     positives = tf.where(has_positive[:, None, None], positives, 0.0)
     return tf.stop_gradient(positives), has_positive
@@ -127,9 +118,7 @@ def draw_semantic_positives(
 
 def _is_other(queue_ids: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
     """Computes whether a slot holds another image than the row's, `[b, C]`."""
-    return tf.logical_and(
-        tf.not_equal(queue_ids, ids[:, None]), tf.not_equal(queue_ids, -1)
-    )
+    return tf.logical_and(tf.not_equal(queue_ids, ids[:, None]), tf.not_equal(queue_ids, -1))
 
 
 def vote_metrics(
@@ -150,12 +139,8 @@ def vote_metrics(
         judged,
         judged & (votes == labels),
     )
-    counts = gather(
-        tf.stack([tf.cast(column, tf.float32) for column in columns], axis=1)
-    )[0]
-    unlabelled, votes_cast, agreed, votes_judged, right = tf.unstack(
-        tf.reduce_sum(counts, axis=0)
-    )
+    counts = gather(tf.stack([tf.cast(column, tf.float32) for column in columns], axis=1))[0]
+    unlabelled, votes_cast, agreed, votes_judged, right = tf.unstack(tf.reduce_sum(counts, axis=0))
     return {
         "pseudo_label_accuracy": tf.math.divide_no_nan(right, votes_judged),
         "vote_share": tf.math.divide_no_nan(votes_cast, unlabelled),

@@ -44,8 +44,8 @@ RELICV2_DEFAULTS = {
     "num_small_views": 2,
     "mask_probability": 0.1,
 }
-# Small views: (0.05, 0.14) of a 32-pixel image is 7 to 12 pixels wide. With
-# the weights of large images, pseudo-labels are wrong for long.
+# Small views: (0.05, 0.14) of a 32-pixel image is 7 to 12 pixels wide. With the weights of large
+# images, pseudo-labels are wrong for long.
 RELICV2_SMALL_IMAGES = {
     **BYOL_SMALL_IMAGES,
     "small_crop_area": (0.1, 0.4),
@@ -53,8 +53,8 @@ RELICV2_SMALL_IMAGES = {
 }
 
 
-# Two float32 variables, each with two moments of Adam; Adam's step (int64) and
-# its learning rate (float32).
+# Two float32 variables, each with two moments of Adam; Adam's step (int64) and its learning rate
+# (float32).
 _TEMPERATURE_BYTES = 2 * 3 * 4 + 8 + 4
 
 
@@ -88,12 +88,8 @@ class PairsObjective(Objective):
         minimum=0.01,
         applies=when.flag("learnable_temperature", True),
     )
-    include_same_view: bool = field(
-        False, "Compare a view with its own target, too."
-    )
-    average_pairs: bool = field(
-        False, "Average over pairs of views instead of summing."
-    )
+    include_same_view: bool = field(False, "Compare a view with its own target, too.")
+    average_pairs: bool = field(False, "Average over pairs of views instead of summing.")
     kl_form: str = field(
         "swap",
         "Distribution that a pair's distribution over images is compared "
@@ -121,18 +117,14 @@ class PairsObjective(Objective):
         del training
         if not self.learnable_temperature:
             return None
-        return state.TrainedTemperature(
-            self.initial_bias, self.max_inverse_temperature
-        )
+        return state.TrainedTemperature(self.initial_bias, self.max_inverse_temperature)
 
     def state_bytes(self, training: Training) -> int:
         """Computes the size of the temperature and its optimizer, in bytes."""
         del training
         return _TEMPERATURE_BYTES if self.learnable_temperature else 0
 
-    def trained_temperature(
-        self, context: StepContext
-    ) -> state.TrainedTemperature | None:
+    def trained_temperature(self, context: StepContext) -> state.TrainedTemperature | None:
         """Returns the variables of the temperature in a step's state."""
         return context.state
 
@@ -147,9 +139,7 @@ class PairsObjective(Objective):
         del embedded, context
         return {}, {}
 
-    def __call__(
-        self, embedded: Embedded, context: StepContext
-    ) -> tuple[tf.Tensor, Metrics]:
+    def __call__(self, embedded: Embedded, context: StepContext) -> tuple[tf.Tensor, Metrics]:
         """Returns the loss and its metrics."""
         online, target = embedded.online, embedded.target
         critic: dict[str, Any] = {"temperature": self.temperature}
@@ -166,9 +156,7 @@ class PairsObjective(Objective):
         arguments = {**critic, **self.arguments()}
         count = arguments.get("num_negatives", 0)
         if 0 < count < context.training.batch_size - 1:
-            pairs = comparison.num_pairs(
-                len(online), len(target), self.include_same_view
-            )
+            pairs = comparison.num_pairs(len(online), len(target), self.include_same_view)
             arguments["draws"] = context.draw(NEGATIVES, pairs, count)
         more, measured = self.batch_arguments(embedded, context)
         loss = self.loss_function(
@@ -207,9 +195,8 @@ def num_negatives_field(default: int) -> int:
 class ReLIC(PairsObjective):
     """ReLIC (Mitrovic et al., arXiv:2010.07922).
 
-    The paper is silent about the temperature and alpha. With a predictor and a
-    target network, BYOL's authors find temperatures of 0.3 and more best, and
-    0.1 harmful (their table 18).
+    The paper is silent about the temperature and alpha. With a predictor and a target network,
+    BYOL's authors find temperatures of 0.3 and more best, and 0.1 harmful (their table 18).
     """
 
     loss_function = staticmethod(relic_loss)
@@ -244,9 +231,7 @@ class SigLIP(PairsObjective):
     initial_bias = -10.0
 
     # Few pairs match: without a trained bias, training starts far off.
-    learnable_temperature: bool = redeclared(
-        PairsObjective, "learnable_temperature", True
-    )
+    learnable_temperature: bool = redeclared(PairsObjective, "learnable_temperature", True)
     alpha: float = redeclared(ReLIC, "alpha", 1.0)
 
     def arguments(self) -> dict[str, Any]:
@@ -266,14 +251,10 @@ class ReLICv2(PairsObjective):
     small_images = RELICV2_SMALL_IMAGES
 
     temperature: float = redeclared(PairsObjective, "temperature", 0.2)
-    include_same_view: bool = redeclared(
-        PairsObjective, "include_same_view", True
-    )
+    include_same_view: bool = redeclared(PairsObjective, "include_same_view", True)
     average_pairs: bool = redeclared(PairsObjective, "average_pairs", True)
     kl_grad: str = redeclared(PairsObjective, "kl_grad", "sg_p")
-    contrast_weight: float = field(
-        0.3, "Weight of the contrastive terms.", minimum=0
-    )
+    contrast_weight: float = field(0.3, "Weight of the contrastive terms.", minimum=0)
     invariance_weight: float = field(5.0, "Weight of the KL terms.", minimum=0)
     num_negatives: int = num_negatives_field(10)
 

@@ -38,49 +38,48 @@ def relic_loss(
 ) -> tf.Tensor:
     """Computes the ReLIC loss: contrastive, and invariant to the view.
 
-    `sum_(a,c) mean_i -w log p_ac(i | i) + alpha KL_ac(i)`, where `p_ac(. | i)`
-    is the softmax of the scores of online view a of image i with target view c
-    of image i (the positive) and of its negatives.
+    `sum_(a,c) mean_i -w log p_ac(i | i) + alpha KL_ac(i)`, where `p_ac(. | i)` is the softmax of
+    the scores of online view a of image i with target view c of image i (the positive) and of its
+    negatives.
 
     `kl_form` is the KL divergence between two distributions over these images:
 
-    - "swap": `KL(p_ac || p_ca)`. A small view has no target; `kl_small`
-      selects its term: "transpose" as below; "shared_target":
+    - "swap": `KL(p_ac || p_ca)`. A small view has no target; `kl_small` selects its term:
+      "transpose" as below; "shared_target":
       `KL(p_kc || p_ac)`, where k is the large view after c; "off": no term.
-    - "transpose": `KL(p_ac || q_ac)`, where q_ac is the softmax of the scores
-      of target view c of image i with online view a of the images. Small views
-      have this term too, unless `kl_small` is "off".
+    - "transpose": `KL(p_ac || q_ac)`, where q_ac is the softmax of the scores of target view c of
+      image i with online view a of the images. Small views have this term too, unless `kl_small` is
+      "off".
     - "transpose_reversed": `KL(q_ac || p_ac)`, likewise.
 
-    `kl_grad` selects where the gradient of `KL(p || q)` is stopped: "none":
-    nowhere; "sg_p": at p; "entropy_only": at the first term of
-    `E_p log p - E_p log q` (then "swap" of a = c, whose value is 0, has the
-    gradient of p's entropy).
+    `kl_grad` selects where the gradient of `KL(p || q)` is stopped: "none": nowhere; "sg_p": at p;
+    "entropy_only": at the first term of
+    `E_p log p - E_p log q` (then "swap" of a = c, whose value is 0, has the gradient of p's
+    entropy).
 
-    Source: Mitrovic et al., arXiv:2010.07922, equation 3 (two large views,
-    "swap", "none"); Tomasev et al., arXiv:2201.05119 (ReLICv2: large and small
-    views, same views included, sampled negatives, averaged pairs). Neither
-    specifies where gradients are stopped or how small views enter the KL term.
-    "transpose_reversed", a bias and a learnt temperature:
-    filipbasara0/relic relic/relic.py.
+    Source: Mitrovic et al., arXiv:2010.07922, equation 3 (two large views, "swap", "none"); Tomasev
+    et al., arXiv:2201.05119 (ReLICv2: large and small views, same views included, sampled
+    negatives, averaged pairs). Neither specifies where gradients are stopped or how small views
+    enter the KL term. "transpose_reversed", a bias and a learnt temperature: filipbasara0/relic
+    relic/relic.py.
 
     Args:
-        online: nL + nS tensors, float `[b, d]`: this replica's predictions of
-            the large, then the small views; row i is the same image in all.
-        target: nL tensors, float `[b, d]`: targets of the large views. They
-            receive a gradient, so detach the outputs of a target network;
-            without a target network, pass the large views of `online`.
+        online: nL + nS tensors, float `[b, d]`: this replica's predictions of the large, then the
+            small views; row i is the same image in all.
+        target: nL tensors, float `[b, d]`: targets of the large views. They receive a gradient, so
+            detach the outputs of a target network; without a target network, pass the large views
+            of `online`.
         temperature: T > 0, divides the scores; a scalar tensor if learnt.
         alpha: weight of the KL term, >= 0.
         kl_grad: "none", "sg_p" or "entropy_only".
         kl_form: "swap", "transpose" or "transpose_reversed".
         kl_small: "transpose", "shared_target" or "off".
         include_same_view: whether pairs (a, a) count too.
-        num_negatives: number of negatives sampled for each row and pair; 0 or
-            at least B - 1 for all other images of the global batch.
-        draws: float32 `[num_pairs, b, num_negatives]` in [0, 1), uniform
-            numbers for `sample_negatives`, which should not depend on the
-            replica that has an image. Ignored if all images are used.
+        num_negatives: number of negatives sampled for each row and pair; 0 or at least B - 1 for
+            all other images of the global batch.
+        draws: float32 `[num_pairs, b, num_negatives]` in [0, 1), uniform numbers for
+            `sample_negatives`, which should not depend on the replica that has an image. Ignored if
+            all images are used.
         contrastive_weight: w >= 0.
         average_pairs: whether to average over pairs instead of summing.
         bias: added to the scores; without effect on a softmax.
@@ -90,12 +89,10 @@ def relic_loss(
         float32 scalar, the mean over this replica's rows.
 
     Raises:
-        ValueError: if an argument is out of its range, views or draws are
-            missing or of the wrong shape, or B is 1.
+        ValueError: if an argument is out of its range, views or draws are missing or of the wrong
+            shape, or B is 1.
     """
-    common.check_not_negative(
-        contrastive_weight=contrastive_weight, alpha=alpha
-    )
+    common.check_not_negative(contrastive_weight=contrastive_weight, alpha=alpha)
     comparison = Comparison(
         online,
         target,
@@ -130,23 +127,18 @@ def siglip_loss(
 ) -> tf.Tensor:
     """Computes the pairwise sigmoid loss with the invariance term of ReLIC.
 
-    `relic_loss` with another contrastive term, which classifies each of the B
-    targets by itself: `mean_i sum_j softplus(-y_ij (f_ij + bias))`, where y_ij
-    is 1 if j = i, else -1.
+    `relic_loss` with another contrastive term, which classifies each of the B targets by itself:
+    `mean_i sum_j softplus(-y_ij (f_ij + bias))`, where y_ij is 1 if j = i, else -1.
 
-    Source: Zhai et al., arXiv:2303.15343, algorithm 1;
-    filipbasara0/relic@a465a48 relic/relic.py, `use_siglip`, where the sum over
-    targets is not divided by B. Other versions of that code weigh positives
-    by 10 and negatives by 0.1; this has no such weights.
+    Source: Zhai et al., arXiv:2303.15343, algorithm 1; filipbasara0/relic@a465a48 relic/relic.py,
+    `use_siglip`, where the sum over targets is not divided by B. Other versions of that code weigh
+    positives by 10 and negatives by 0.1; this has no such weights.
 
-    Arguments and errors are those of `relic_loss`, except that negatives are
-    not sampled and `bias`, a scalar tensor if learnt, has an effect. The paper
-    initialises it to -10, because most pairs are negative. Returns a float32
-    scalar, the mean over this replica's rows.
+    Arguments and errors are those of `relic_loss`, except that negatives are not sampled and
+    `bias`, a scalar tensor if learnt, has an effect. The paper initialises it to -10, because most
+    pairs are negative. Returns a float32 scalar, the mean over this replica's rows.
     """
-    common.check_not_negative(
-        contrastive_weight=contrastive_weight, alpha=alpha
-    )
+    common.check_not_negative(contrastive_weight=contrastive_weight, alpha=alpha)
     comparison = Comparison(
         online,
         target,
@@ -159,8 +151,7 @@ def siglip_loss(
     signed = tf.where(comparison.is_own, logits, -logits)
     sigmoid = tf.reduce_sum(tf.nn.softplus(-signed), axis=[1, 2])
     return comparison.mean(
-        contrastive_weight * sigmoid
-        + invariance(comparison, alpha, kl_grad, kl_form, kl_small),
+        contrastive_weight * sigmoid + invariance(comparison, alpha, kl_grad, kl_form, kl_small),
         average_pairs,
     )
 
@@ -170,8 +161,8 @@ def critic_temperature(log_scale: tf.Tensor, max_scale: float) -> tf.Tensor:
 
     Where the scale is clamped, its gradient is exactly 0.
 
-    Source: filipbasara0/relic@a465a48 relic/relic.py, where `log_scale` is
-    `tau` and `max_scale` is `max_tau`.
+    Source: filipbasara0/relic@a465a48 relic/relic.py, where `log_scale` is `tau` and `max_scale` is
+    `max_tau`.
 
     Args:
         log_scale: float scalar, the logarithm of the inverse temperature.
@@ -214,9 +205,7 @@ def invariance(
         if weight > 0 and form != "off" and chosen:
             log_p = tf.gather(comparison.log_p, chosen, axis=1)
             pairs = [comparison.pairs[number] for number in chosen]
-            logits = comparison.choose(
-                *_COMPARED[form](comparison, pairs), chosen
-            )
+            logits = comparison.choose(*_COMPARED[form](comparison, pairs), chosen)
             log_q = tf.nn.log_softmax(logits)
             if form in ("shared_target", "transpose_reversed"):
                 log_p, log_q = log_q, log_p
@@ -225,9 +214,7 @@ def invariance(
     return loss
 
 
-def kl_divergence(
-    log_p: tf.Tensor, log_q: tf.Tensor, gradient: str
-) -> tf.Tensor:
+def kl_divergence(log_p: tf.Tensor, log_q: tf.Tensor, gradient: str) -> tf.Tensor:
     """Computes `KL(p || q)` over the last axis, with a `kl_grad`."""
     if gradient == "sg_p":
         log_p = tf.stop_gradient(log_p)
@@ -238,9 +225,8 @@ def kl_divergence(
     return tf.reduce_sum(first - p * log_q, axis=-1)
 
 
-# A form of KL_ac compares p_ac with a distribution over the same candidates.
-# Each function below returns scores [b, V, W, B], and which of their views to
-# take for each pair (a, c).
+# A form of KL_ac compares p_ac with a distribution over the same candidates. Each function below
+# returns scores [b, V, W, B], and which of their views to take for each pair (a, c).
 
 _Scored = tuple["tf.Tensor", list[Pair]]
 

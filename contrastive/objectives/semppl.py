@@ -78,37 +78,34 @@ def semppl_loss(
         w semantic_weight mean_i -log s_ac(z | i)
         + invariance_weight mean_i KL(sg[s_a'c(. | i)] || s_ac(. | i)),
 
-    averaged over k draws of z. `s_ac` is the softmax of `p_ac` in which target
-    z of view c of another image of the class of image i replaces the positive;
-    a' is the large view after a (the KL is 0 if it is a itself). Rows without
-    a z add 0. The mean is over all rows, so that the loss of the global batch
-    does not depend on how rows are distributed over replicas.
+    averaged over k draws of z. `s_ac` is the softmax of `p_ac` in which target z of view c of
+    another image of the class of image i replaces the positive; a' is the large view after a (the
+    KL is 0 if it is a itself). Rows without a z add 0. The mean is over all rows, so that the loss
+    of the global batch does not depend on how rows are distributed over replicas.
 
-    Source: see the module. The second term, the weights and k are recalled
-    from the paper and found in the re-implementation, not read in the paper.
+    Source: see the module. The second term, the weights and k are recalled from the paper and found
+    in the re-implementation, not read in the paper.
 
     Args (the others are those of `relic_loss`):
-        semantic_positives: float `[nL, b, k, d]`, targets z for each target
-            view, see `draw_semantic_positives`. They receive no gradient.
+        semantic_positives: float `[nL, b, k, d]`, targets z for each target view, see
+            `draw_semantic_positives`. They receive no gradient.
         has_positive: bool `[b]`, whether a row has semantic positives.
         invariance_weight: weight of both KL terms, >= 0.
-        semantic_weight: weight of the semantic positives relative to the own
-            positive, >= 0.
+        semantic_weight: weight of the semantic positives relative to the own positive, >= 0.
         semantic_invariance: whether to add the second term above.
-        sempos_negatives: negatives of `s_ac`: "targets", those of `p_ac`;
-            "sempos", the z of other images in the same draw, in place of
-            their targets, if they have one.
-        drop_same_label_negatives: whether to exclude images of the row's class
-            from the negatives of all terms. The published method keeps them.
-        labels: int32 `[b]`, (pseudo-)labels of the rows, -1 for none; needed
-            only by `drop_same_label_negatives`.
+        sempos_negatives: negatives of `s_ac`: "targets", those of `p_ac`; "sempos", the z of other
+            images in the same draw, in place of their targets, if they have one.
+        drop_same_label_negatives: whether to exclude images of the row's class from the negatives
+            of all terms. The published method keeps them.
+        labels: int32 `[b]`, (pseudo-)labels of the rows, -1 for none; needed only by
+            `drop_same_label_negatives`.
 
     Returns:
         float32 scalar, the mean over this replica's rows.
 
     Raises:
-        ValueError: as in `relic_loss`, or if the semantic positives have the
-            wrong shape or labels are needed and not given.
+        ValueError: as in `relic_loss`, or if the semantic positives have the wrong shape or labels
+            are needed and not given.
     """
     common.check_not_negative(
         contrastive_weight=contrastive_weight,
@@ -130,9 +127,7 @@ def semppl_loss(
         gather=gather,
     )
     contrastive = comparison.contrastive()
-    invariance = kl_terms(
-        comparison, invariance_weight, kl_grad, kl_form, kl_small
-    )
+    invariance = kl_terms(comparison, invariance_weight, kl_grad, kl_form, kl_small)
     semantic, semantic_kl = _semantic_terms(
         comparison, semantic_positives, has_positive, sempos_negatives
     )
@@ -140,9 +135,7 @@ def semppl_loss(
         contrastive += semantic_weight * semantic
     if semantic_invariance and invariance_weight > 0:
         invariance += invariance_weight * semantic_kl
-    return comparison.mean(
-        contrastive_weight * contrastive + invariance, average_pairs
-    )
+    return comparison.mean(contrastive_weight * contrastive + invariance, average_pairs)
 
 
 def _semantic_terms(
@@ -163,9 +156,7 @@ def _semantic_terms(
     positives = tf.stop_gradient(common.prepare(positives, True))
     teachers = [((a + 1) % num_large, c) for a, c in comparison.pairs]
     if negatives == "sempos":
-        pupil, teacher = _among_positives(
-            comparison, positives, has_positive, teachers
-        )
+        pupil, teacher = _among_positives(comparison, positives, has_positive, teachers)
     else:
         pupil, teacher = _among_targets(comparison, positives, teachers)
     terms = (
@@ -225,8 +216,8 @@ def _among_positives(
 class SemPPL(ReLICv2):
     """SemPPL (Bosnjak et al., arXiv:2301.05158).
 
-    The rows with a label enter a queue; the queue's nearest neighbours vote on
-    the labels of the others, and semantic positives are drawn from it.
+    The rows with a label enter a queue; the queue's nearest neighbours vote on the labels of the
+    others, and semantic positives are drawn from it.
     """
 
     loss_function = staticmethod(semppl_loss)
@@ -243,9 +234,7 @@ class SemPPL(ReLICv2):
         "Weight of the semantic positives relative to the views.",
         minimum=0,
     )
-    semantic_invariance: bool = field(
-        True, "Use a KL term of semantic positives, too."
-    )
+    semantic_invariance: bool = field(True, "Use a KL term of semantic positives, too.")
     sempos_negatives: str = field(
         "targets",
         "Negatives of the semantic-positive term: other images' targets, "
@@ -282,9 +271,7 @@ class SemPPL(ReLICv2):
         """Raises ValueError if the queue is smaller than a batch."""
         size, batch = values["queue_size"], values["train_batch_size"]
         if not isinstance(size, Derived) and size < batch:
-            raise ValueError(
-                f"--queue_size={size} is less than --train_batch_size={batch}."
-            )
+            raise ValueError(f"--queue_size={size} is less than --train_batch_size={batch}.")
 
     def build_state(self, training: Training) -> keras.layers.Layer:
         """Returns the queue, and the temperature if it is trained."""
@@ -301,9 +288,7 @@ class SemPPL(ReLICv2):
         temperature = super().state_bytes(training)
         return self.queue_size * entry + position + temperature
 
-    def trained_temperature(
-        self, context: StepContext
-    ) -> state.TrainedTemperature | None:
+    def trained_temperature(self, context: StepContext) -> state.TrainedTemperature | None:
         """Returns the variables of the temperature in a step's state."""
         return context.state.temperature
 
@@ -333,12 +318,7 @@ class SemPPL(ReLICv2):
         if training.labelled is not None:
             labelled &= tf.gather(tf.constant(training.labelled), ids)
         queue, queue_labels, queue_ids = context.state.queue.push(
-            tf.stack(
-                [
-                    tf.math.l2_normalize(gather(t)[0], -1)
-                    for t in embedded.target
-                ]
-            ),
+            tf.stack([tf.math.l2_normalize(gather(t)[0], -1) for t in embedded.target]),
             gather(tf.where(labelled, labels, -1))[0],
             gather(ids)[0],
         )
@@ -351,11 +331,7 @@ class SemPPL(ReLICv2):
             ids,
             num_classes=training.num_classes,
         )
-        start = int(
-            training.num_examples
-            * self.pseudo_label_start_epoch
-            // training.batch_size
-        )
+        start = int(training.num_examples * self.pseudo_label_start_epoch // training.batch_size)
         usable = tf.where(context.step >= start, votes, -1)
         known = tf.where(labelled, labels, usable)
         positives, has_positive = draw_semantic_positives(
@@ -364,9 +340,7 @@ class SemPPL(ReLICv2):
             queue_labels,
             queue_ids,
             ids,
-            context.draw(
-                SEMANTIC_POSITIVES, num_large, self.num_semantic_positives
-            ),
+            context.draw(SEMANTIC_POSITIVES, num_large, self.num_semantic_positives),
         )
         found = {
             "semantic_positives": positives,
@@ -376,7 +350,5 @@ class SemPPL(ReLICv2):
         return found, {
             **vote_metrics(labelled, labels, votes, agreement, gather),
             "queue_fill": tf.reduce_mean(tf.cast(queue_ids >= 0, tf.float32)),
-            "semantic_positive_share": tf.reduce_mean(
-                tf.cast(has_positive, tf.float32)
-            ),
+            "semantic_positive_share": tf.reduce_mean(tf.cast(has_positive, tf.float32)),
         }

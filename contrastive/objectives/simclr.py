@@ -23,22 +23,20 @@ def simclr_loss(
 ) -> tf.Tensor:
     """Computes the NT-Xent (InfoNCE) loss, summed over both directions.
 
-    `mean_i -log(exp f_i+ / sum_j exp f_ij)`, where j goes over the positive
-    and the `2(B - 1)` negatives. The loss with view 1 as anchors and the loss
-    with view 2 as anchors are added.
+    `mean_i -log(exp f_i+ / sum_j exp f_ij)`, where j goes over the positive and the `2(B - 1)`
+    negatives. The loss with view 1 as anchors and the loss with view 2 as anchors are added.
 
-    Source: Chen et al., arXiv:2002.05709, section 2.1. Like
-    google-research/simclr tf2/objective.py, this sums the two directions; the
-    paper averages them.
+    Source: Chen et al., arXiv:2002.05709, section 2.1. Like google-research/simclr
+    tf2/objective.py, this sums the two directions; the paper averages them.
 
     Args:
         z1: float `[b, d]`, this replica's projections of the first view.
-        z2: float `[b, d]`, projections of the second view; row i is the same
-            image as row i of `z1`.
+        z2: float `[b, d]`, projections of the second view; row i is the same image as row i of
+            `z1`.
         temperature: T > 0; scores are divided by it.
         hidden_norm: whether projections are l2-normalised first.
-        gather: maps a local `[b, d]` to the global `[B, d]` and the global
-            index of this replica's first row; None on a single replica.
+        gather: maps a local `[b, d]` to the global `[B, d]` and the global index of this replica's
+            first row; None on a single replica.
 
     Returns:
         float32 scalar, the mean over this replica's rows.

@@ -10,8 +10,8 @@ import tensorflow as tf
 class TrainedTemperature(keras.layers.Layer):
     """The variables of a trained temperature and bias.
 
-    Source: filipbasara0/relic, relic/relic.py: logits are cosines times
-    `min(exp(log_scale), max_scale)` plus `bias`.
+    Source: filipbasara0/relic, relic/relic.py: logits are cosines times `min(exp(log_scale),
+    max_scale)` plus `bias`.
 
     Args:
         bias: initial bias.
@@ -22,17 +22,15 @@ class TrainedTemperature(keras.layers.Layer):
         super().__init__(name="temperature", dtype="float32")
         self.max_scale = max_scale
         self.log_scale = self.add_weight(name="log_scale", initializer="ones")
-        self.bias = self.add_weight(
-            name="bias", initializer=keras.initializers.Constant(bias)
-        )
+        self.bias = self.add_weight(name="bias", initializer=keras.initializers.Constant(bias))
         self.built = True
 
 
 class LabelledQueue(keras.layers.Layer):
     """SemPPL's first-in-first-out queue of labelled images' target projections.
 
-    It holds the projections of every large view of the same images. All
-    replicas hold the same values: the rows of the global batch are pushed.
+    It holds the projections of every large view of the same images. All replicas hold the same
+    values: the rows of the global batch are pushed.
 
     Source: Bosnjak et al., arXiv:2301.05158, section 2.
 
@@ -65,9 +63,7 @@ class LabelledQueue(keras.layers.Layer):
             dtype="int64",
             initializer=keras.initializers.Constant(-1),
         )
-        self.position = add(
-            name="position", shape=(), dtype="int64", initializer="zeros"
-        )
+        self.position = add(name="position", shape=(), dtype="int64", initializer="zeros")
         self.built = True
 
     def push(
@@ -108,9 +104,7 @@ class LabelledQueue(keras.layers.Layer):
             tf.where(is_new, tf.gather(labels, row), self.labels.value),
             tf.where(is_new, tf.gather(ids, row), self.ids.value),
         )
-        for variable, value in zip(
-            (self.embeddings, self.labels, self.ids), new, strict=True
-        ):
+        for variable, value in zip((self.embeddings, self.labels, self.ids), new, strict=True):
             variable.assign(value)
         self.position.assign((self.position + count) % size)
         return new
@@ -124,9 +118,7 @@ class LabelledState(keras.layers.Layer):
         temperature: trained temperature; None if it is fixed.
     """
 
-    def __init__(
-        self, queue: LabelledQueue, temperature: TrainedTemperature | None
-    ) -> None:
+    def __init__(self, queue: LabelledQueue, temperature: TrainedTemperature | None) -> None:
         super().__init__(name="labelled_state", dtype="float32")
         self.queue = queue
         self.temperature = temperature

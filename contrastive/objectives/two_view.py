@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of two views, metrics of embeddings, and objectives of two views.
 
-The critic of two embeddings is `f(x, y) = <z_x, z_y> / T`. The positive of an
-anchor is the other view of the same image; its negatives are both views of the
-`B - 1` other images of the global batch. The losses of two views differ only
-in the function of these scores.
+The critic of two embeddings is `f(x, y) = <z_x, z_y> / T`. The positive of an anchor is the other
+view of the same image; its negatives are both views of the `B - 1` other images of the global
+batch. The losses of two views differ only in the function of these scores.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class TwoViewScores(NamedTuple):
     """The scores of the `b` local anchors of both views.
 
     Attributes:
-        scores: float32 `[2, b, 2B]`, the scores of the anchors of views 1 and
-            2 with all images, first in the other view, then in the same view.
+        scores: float32 `[2, b, 2B]`, the scores of the anchors of views 1 and 2 with all images,
+            first in the other view, then in the same view.
         positive: float32 `[2, b]`, the scores of the positives.
         positive_mask: bool `[b, 2B]`, True at the column of the positive.
         self_mask: bool `[b, 2B]`, True at the column of the anchor itself.
@@ -47,13 +46,11 @@ class TwoViewScores(NamedTuple):
     batch: float
     columns: float
 
-    def negatives_sum(
-        self, function: Callable[[tf.Tensor], tf.Tensor]
-    ) -> tf.Tensor:
+    def negatives_sum(self, function: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
         """Sums `function` over the scores of all negative pairs."""
         excluded = tf.logical_or(self.positive_mask, self.self_mask)
-        # Scores are masked before `function` too, because an overflow at a
-        # positive would turn into 0 * inf in the gradient.
+        # Scores are masked before `function` too, because an overflow at a positive would turn into
+        # 0 * inf in the gradient.
         scores = tf.where(excluded, 0.0, self.scores)
         return tf.reduce_sum(tf.where(excluded, 0.0, function(scores)))
 
@@ -84,9 +81,7 @@ def score_two_views(
     positive_mask = tf.equal(own, tf.range(2 * size))
     self_mask = tf.equal(own + size, tf.range(2 * size))
     positive = common.select(scores, positive_mask)
-    return TwoViewScores(
-        scores, positive, positive_mask, self_mask, float(batch), 2.0 * size
-    )
+    return TwoViewScores(scores, positive, positive_mask, self_mask, float(batch), 2.0 * size)
 
 
 def score(
@@ -129,10 +124,9 @@ def contrastive_metrics(
 ) -> dict[str, tf.Tensor]:
     """Measures how well view 1 finds its image among the global view 2.
 
-    Source: google-research/simclr tf2/metrics.py,
-    `update_pretrain_metrics_train`. The similarities and the effective rank
-    (the participation ratio `(sum l)^2 / sum l^2` of the eigenvalues l of the
-    uncentred covariance) show whether the embedding collapses.
+    Source: google-research/simclr tf2/metrics.py, `update_pretrain_metrics_train`. The similarities
+    and the effective rank (the participation ratio `(sum l)^2 / sum l^2` of the eigenvalues l of
+    the uncentred covariance) show whether the embedding collapses.
 
     Args:
         z1: as in `simclr_loss`.
@@ -142,12 +136,11 @@ def contrastive_metrics(
         gather: as in `simclr_loss`.
 
     Returns:
-        Dict of float32 scalars, means over this replica's rows or over the
-        global batch: `contrast_accuracy` in [0, 1]; `contrast_entropy` in
-        nats, at most log B; `positive_similarity` and `mean_similarity` (of
-        different images), cosines; `feature_std`, the standard deviation of a
-        coordinate of the unit-length embedding times sqrt(d), 1 if isotropic;
-        `effective_rank` in [1, d].
+        Dict of float32 scalars, means over this replica's rows or over the global batch:
+        `contrast_accuracy` in [0, 1]; `contrast_entropy` in nats, at most log B;
+        `positive_similarity` and `mean_similarity` (of different images), cosines; `feature_std`,
+        the standard deviation of a coordinate of the unit-length embedding times sqrt(d), 1 if
+        isotropic; `effective_rank` in [1, d].
     """
     candidates, offset = (gather or common.single_replica)(z2)
     logits = score(z1, candidates, temperature, hidden_norm)
@@ -158,9 +151,7 @@ def contrastive_metrics(
     return {
         "contrast_accuracy": tf.reduce_mean(tf.cast(hits, tf.float32)),
         "contrast_entropy": tf.reduce_mean(entropy),
-        "positive_similarity": tf.reduce_mean(
-            positive_scores(z1, z2, temperature=1.0)
-        ),
+        "positive_similarity": tf.reduce_mean(positive_scores(z1, z2, temperature=1.0)),
         **_embedding_health(common.prepare(candidates, True)),
     }
 
@@ -172,10 +163,8 @@ def _embedding_health(unit: tf.Tensor) -> dict[str, tf.Tensor]:
     covariance = tf.matmul(unit, unit, transpose_a=True) / size
     return {
         # The sum of the cosines over all pairs of different images.
-        "mean_similarity": (tf.reduce_sum(total**2) - size)
-        / (size * max(size - 1.0, 1.0)),
-        "feature_std": dim**0.5
-        * tf.reduce_mean(tf.math.reduce_std(unit, axis=0)),
+        "mean_similarity": (tf.reduce_sum(total**2) - size) / (size * max(size - 1.0, 1.0)),
+        "feature_std": dim**0.5 * tf.reduce_mean(tf.math.reduce_std(unit, axis=0)),
         "effective_rank": tf.linalg.trace(covariance) ** 2
         / tf.maximum(tf.reduce_sum(covariance**2), 1e-12),
     }
@@ -199,17 +188,11 @@ class TwoViewObjective(Objective):
         """Returns how metrics score pairs: by default by their cosine."""
         return {"temperature": 1.0, "hidden_norm": True}
 
-    def __call__(
-        self, embedded: Embedded, context: StepContext
-    ) -> tuple[tf.Tensor, Metrics]:
+    def __call__(self, embedded: Embedded, context: StepContext) -> tuple[tf.Tensor, Metrics]:
         """Returns the loss and its metrics."""
         gather = context.gather
-        loss = self.loss_function(
-            *embedded.online, gather=gather, **self.arguments()
-        )
-        return loss, contrastive_metrics(
-            *embedded.online, gather=gather, **self.critic()
-        )
+        loss = self.loss_function(*embedded.online, gather=gather, **self.arguments())
+        return loss, contrastive_metrics(*embedded.online, gather=gather, **self.critic())
 
 
 @group("Objective")
@@ -218,9 +201,7 @@ class CriticObjective(TwoViewObjective):
 
     defaults = {"weight_decay": 1e-4}
 
-    temperature: float = field(
-        0.5, "Softmax temperature; scores are divided by it.", positive=True
-    )
+    temperature: float = field(0.5, "Softmax temperature; scores are divided by it.", positive=True)
     hidden_norm: bool = field(True, "Normalize projections to unit length.")
 
     def arguments(self) -> dict[str, Any]:

@@ -37,15 +37,14 @@ def vicreg_loss(
 
     Variance and covariance are the unbiased ones, divided by `B - 1`.
 
-    Source: Bardes et al., arXiv:2105.04906, with the conventions of
-    facebookresearch/vicreg and lightly 1.6.0 (`lambda_param`, `mu_param`,
-    `nu_param`): the invariance term is a mean over dimensions and the variance
-    term a mean over views; the paper sums both.
+    Source: Bardes et al., arXiv:2105.04906, with the conventions of facebookresearch/vicreg and
+    lightly 1.6.0 (`lambda_param`, `mu_param`, `nu_param`): the invariance term is a mean over
+    dimensions and the variance term a mean over views; the paper sums both.
 
     Args:
         z1: float `[b, d]`, this replica's projections of the first view.
-        z2: float `[b, d]`, projections of the second view; row i is the same
-            image as row i of `z1`. They are not l2-normalised.
+        z2: float `[b, d]`, projections of the second view; row i is the same image as row i of
+            `z1`. They are not l2-normalised.
         invariance: weight of the invariance term, >= 0.
         variance: weight of the variance term, >= 0.
         covariance: weight of the covariance term, >= 0.
@@ -59,17 +58,13 @@ def vicreg_loss(
     Raises:
         ValueError: if an argument is out of its range or B is 1.
     """
-    common.check_not_negative(
-        invariance=invariance, variance=variance, covariance=covariance
-    )
+    common.check_not_negative(invariance=invariance, variance=variance, covariance=covariance)
     common.check_positive(epsilon=epsilon)
     gather = gather or common.single_replica
     views = tf.stack([gather(z)[0] for z in (z1, z2)])
     size, dim = views.shape[1:]
     common.check_batch(size, "Batch statistics need variation")
-    distances = tf.math.squared_difference(
-        common.prepare(z1, False), common.prepare(z2, False)
-    )
+    distances = tf.math.squared_difference(common.prepare(z1, False), common.prepare(z2, False))
     centred = common.prepare(views, False)
     centred -= tf.reduce_mean(centred, axis=1, keepdims=True)
     covariances = tf.matmul(centred, centred, transpose_a=True) / (size - 1)
@@ -101,9 +96,7 @@ class VICReg(TwoViewObjective):
         "Weight of the hinge on the standard deviation of each dimension.",
         minimum=0,
     )
-    covariance: float = field(
-        1.0, "Weight of the squared off-diagonal covariances.", minimum=0
-    )
+    covariance: float = field(1.0, "Weight of the squared off-diagonal covariances.", minimum=0)
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `vicreg_loss`."""

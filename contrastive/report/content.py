@@ -41,17 +41,15 @@ def write_classifier_report(
 ) -> None:
     """Writes the report of a trained classifier.
 
-    `measured` and `predictions` are the results of `classifier.evaluate`, and
-    `outputs` are of the encoder, for the images of `choose`.
+    `measured` and `predictions` are the results of `classifier.evaluate`, and `outputs` are of the
+    encoder, for the images of `choose`.
     """
     _, labels, predicted = predictions.T
     counts = np.bincount(labels[labels >= 0], minlength=1)
     most_frequent = counts.max() / max(counts.sum(), 1)
     rows = {
         "the most frequent class": {"top-1": [most_frequent]},
-        "this classifier": {
-            f"top-{k}": [measured[f"top_{k}_accuracy"]] for k in (1, 5)
-        },
+        "this classifier": {f"top-{k}": [measured[f"top_{k}_accuracy"]] for k in (1, 5)},
     }
     caption = f"Accuracy on {measured['num_examples']:,} test images, %."
     names = subject.dataset.class_names
@@ -71,10 +69,7 @@ def write_probe_report(subject: Subject, results: probe.Results) -> None:
         ids=results.test_ids,
     )
     knn = f"{results.knn_k}-NN"
-    budgets = {
-        name: f"{name}, {count:,} labels"
-        for name, count in results.num_labels.items()
-    }
+    budgets = {name: f"{name}, {count:,} labels" for name, count in results.num_labels.items()}
     rows = {
         scores.name: {"linear": [scores.linear], knn: [scores.knn]}
         | {budgets[k]: draws for k, draws in scores.few_labels.items()}
@@ -104,9 +99,7 @@ def _write(
     confusion: page.Section,
 ) -> None:
     """Writes `report.html` and the projector's files to `model_dir`."""
-    sample = take(
-        subject.dataset, outputs, subject.image_size, subject.crop_proportion
-    )
+    sample = take(subject.dataset, outputs, subject.image_size, subject.crop_proportion)
     lineage = dict(_lineage(subject.trained))
     runs = list(lineage.values())
     history, seconds = _history(lineage)
@@ -151,9 +144,7 @@ def _history(
     return [*(curves or [page.curves("Training", {})]), views], seconds
 
 
-def _summary(
-    subject: Subject, runs: Sequence[Mapping[str, Any]]
-) -> tuple[str, dict[str, str]]:
+def _summary(subject: Subject, runs: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
     """Returns the title of the page, and the facts that stand below it."""
     split = subject.dataset.split
     facts = {"Evaluated on": f"{subject.dataset_name}, {split}"}
@@ -187,9 +178,8 @@ def _lineage(path: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
 def choose(labels: np.ndarray, limit: int = 1_000) -> np.ndarray:
     """Chooses the examples to show, the same ones at every call.
 
-    The labels are int `[N]`, -1 where there is none. The result is at most
-    `limit` int64 positions, ascending. If there are more than 20 classes, the
-    examples are of 20 of them.
+    The labels are int `[N]`, -1 where there is none. The result is at most `limit` int64 positions,
+    ascending. If there are more than 20 classes, the examples are of 20 of them.
     """
     classes = np.unique(labels[labels >= 0])
     count = min(page.MAX_CLASSES, len(classes))
@@ -210,8 +200,8 @@ def take(
 ) -> page.Sample:
     """Reads the images that belong to an encoder's outputs.
 
-    The other arguments are those of `features.compute_outputs` that gave the
-    outputs; images are shown with at most 96 pixels a side.
+    The other arguments are those of `features.compute_outputs` that gave the outputs; images are
+    shown with at most 96 pixels a side.
     """
     size = min(image_size, _PIXELS_OF_AN_IMAGE)
 
@@ -219,9 +209,7 @@ def take(
         return page.thumbnails(images, size)
 
     chosen = data.subset(dataset, outputs.ids)
-    shown = features.compute_outputs(
-        shrink, chosen, image_size, crop_proportion=crop_proportion
-    )
+    shown = features.compute_outputs(shrink, chosen, image_size, crop_proportion=crop_proportion)
     shown = shown.rows(np.searchsorted(shown.ids, outputs.ids))
     names = dataset.file_names
     return page.Sample(
@@ -241,8 +229,8 @@ def write_projector(
 ) -> None:
     """Writes the files that TensorBoard's projector shows.
 
-    The embeddings are float `[n, d]`, the images uint8 `[n, s, s, c]`, and the
-    columns texts that describe each image, by the name of the column.
+    The embeddings are float `[n, d]`, the images uint8 `[n, s, s, c]`, and the columns texts that
+    describe each image, by the name of the column.
     """
 
     def table(rows: Iterable[Iterable[str]]) -> bytes:

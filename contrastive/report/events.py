@@ -40,9 +40,8 @@ _HEADLINES = {
 class Reporter:
     """Shows the progress of training and records its metrics.
 
-    Every point is written against the optimizer step. After a resume, points
-    of steps after the checkpoint are purged, so that curves continue at the
-    restored step.
+    Every point is written against the optimizer step. After a resume, points of steps after the
+    checkpoint are purged, so that curves continue at the restored step.
     """
 
     directory: str  # where TensorBoard events are written
@@ -88,10 +87,9 @@ class Reporter:
     ) -> None:
         """Shows and records the last steps, up to `step`.
 
-        Their metrics are `history`, float32 `[steps, len(names)]`. Step
-        `last` (None: the last of the run) and the first step whose metrics are
-        not finite are always shown and recorded, the steps after it are not.
-        The duration of a step is None if it is not known yet.
+        Their metrics are `history`, float32 `[steps, len(names)]`. Step `last` (None: the last of
+        the run) and the first step whose metrics are not finite are always shown and recorded, the
+        steps after it are not. The duration of a step is None if it is not known yet.
         """
         rate = self.batch_size / seconds_a_step if seconds_a_step else None
         last = self.train_steps if last is None else last
@@ -111,9 +109,7 @@ class Reporter:
                 with self._writer.as_default(done):
                     self._record(done, metrics, rate)
 
-    def show_last(
-        self, step: int, names: Sequence[str], metrics: np.ndarray
-    ) -> None:
+    def show_last(self, step: int, names: Sequence[str], metrics: np.ndarray) -> None:
         """Shows a step that ends the run, and records it unless it is already.
 
         The arguments are as in `progress`; the metrics are `[metrics]`.
@@ -130,9 +126,7 @@ class Reporter:
         for open_one in filter(None, (self._writer, self._bar)):
             open_one.close()
 
-    def _record(
-        self, step: int, metrics: Mapping[str, float], rate: float | None
-    ) -> None:
+    def _record(self, step: int, metrics: Mapping[str, float], rate: float | None) -> None:
         scalars = dict(metrics)
         # The rate that the step from `step - 1` to `step` used.
         scalars["learning_rate"] = self.learning_rate(step - 1)
@@ -154,9 +148,7 @@ class Reporter:
         if rate:
             words.append(f"{rate:,.0f} images/s")
         shown = {
-            short: metrics[name]
-            for name, short in reversed(_HEADLINES.items())
-            if name in metrics
+            short: metrics[name] for name, short in reversed(_HEADLINES.items()) if name in metrics
         }
         words += [f"{name} {value:.4g}" for name, value in shown.items()]
         if self._bar is not None:
@@ -169,9 +161,7 @@ class Reporter:
             if rate:
                 left = (self.train_steps - step) * self.batch_size / rate
                 words.append(f"{duration(left)} left")
-            logging.info(
-                "step %d/%d, %s", step, self.train_steps, ", ".join(words)
-            )
+            logging.info("step %d/%d, %s", step, self.train_steps, ", ".join(words))
 
 
 def duration(seconds: float) -> str:
@@ -183,10 +173,9 @@ def duration(seconds: float) -> str:
 def image_grid(views: Sequence[np.ndarray]) -> np.ndarray:
     """Arranges views in one picture: an image a column, a view a row.
 
-    A view is float32 `[n, s, s, c]` in [0, 1]. Smaller views are padded with
-    white; more or fewer than 3 channels show as grey. The result is float32
-    `[len(views) * S, n * S, 3]`, where S is the largest `s`, or its least
-    multiple that is 96 pixels or more.
+    A view is float32 `[n, s, s, c]` in [0, 1]. Smaller views are padded with white; more or fewer
+    than 3 channels show as grey. The result is float32 `[len(views) * S, n * S, 3]`, where S is the
+    largest `s`, or its least multiple that is 96 pixels or more.
     """
     size = max(view.shape[1] for view in views)
     rows = []
@@ -207,9 +196,9 @@ def _purge_events(directory: str, step: int) -> None:
     `tf.summary` has no way to do so; TensorFlow 1's writer has.
     """
     tf.io.gfile.makedirs(directory)
-    # TensorBoard reads files in the order of their names, which begin with the
-    # second: this one must come after those of earlier sessions. It comes
-    # before those that `tf.summary` writes next, whose names are longer.
+    # TensorBoard reads files in the order of their names, which begin with the second: this one
+    # must come after those of earlier sessions. It comes before those that `tf.summary` writes
+    # next, whose names are longer.
     names = tf.io.gfile.glob(os.path.join(directory, f"{_EVENT_FILE}.*"))
     seconds = {int(found[1]) for found in map(_SECOND.search, names) if found}
     while int(time.time()) in seconds:
@@ -261,8 +250,8 @@ def read_events(directory: str) -> Events:
 def write_result(directory: str, result: Mapping[str, Any], step: int) -> None:
     """Writes the result of an evaluation of a run after `step` steps.
 
-    The files are `result.json`, `result_STEP.json` and TensorBoard's events in
-    the folder `eval`, which hold the floats of the result.
+    The files are `result.json`, `result_STEP.json` and TensorBoard's events in the folder `eval`,
+    which hold the floats of the result.
     """
     for name in ("result.json", f"result_{step}.json"):
         storage.write_json(os.path.join(directory, name), result)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of a report: its sections, and the template that shows them.
 
-A section is a pure function of arrays and names that computes the content of
-a macro in `template.html`. The template escapes every text. The page holds
-all that it shows: nothing is loaded from anywhere.
+A section is a pure function of arrays and names that computes the content of a macro in
+`template.html`. The template escapes every text. The page holds all that it shows: nothing is
+loaded from anywhere.
 """
 
 import base64
@@ -66,13 +66,11 @@ class Section(NamedTuple):
     missing: str = ""  # why there is no such section; "" if there is one
 
 
-def results(
-    rows: Mapping[str, Mapping[str, Sequence[float]]], *, caption: str
-) -> Section:
+def results(rows: Mapping[str, Mapping[str, Sequence[float]]], *, caption: str) -> Section:
     """Makes a table of shares in %, with the best of each column in bold.
 
-    The rows are draws in [0, 1], by the name of the row and of the column;
-    several draws are shown as their mean and standard deviation.
+    The rows are draws in [0, 1], by the name of the row and of the column; several draws are shown
+    as their mean and standard deviation.
     """
     cells = {
         name: {column: np.asarray(draws) for column, draws in row.items()}
@@ -103,9 +101,7 @@ def curves(title: str, scalars: Mapping[str, np.ndarray]) -> Section:
         if len(points) > 1 and tag != "train/epoch" and is_new:
             drawn[tag] = points
     if not drawn:
-        return Section(
-            title, missing="TensorBoard's events have no curve of it"
-        )
+        return Section(title, missing="TensorBoard's events have no curve of it")
     charts = [_chart(tag, points) for tag, points in drawn.items()]
     return Section(title, "curves", {"charts": charts})
 
@@ -114,9 +110,7 @@ def views(png: bytes | None, step: int) -> Section:
     """Shows the picture of augmented views, as the model saw them."""
     title = "Augmented views"
     if not png:
-        return Section(
-            title, missing="TensorBoard's events have no picture of them"
-        )
+        return Section(title, missing="TensorBoard's events have no picture of them")
     return Section(title, "views", {"uri": _uri("png", png), "step": step})
 
 
@@ -125,9 +119,7 @@ def embedding_map(sample: Sample) -> Section:
     title = "Map of embeddings"
     points = project(sample.embeddings)
     if points is None:
-        return Section(
-            title, missing="fewer than 10 images, or all embeddings are equal"
-        )
+        return Section(title, missing="fewer than 10 images, or all embeddings are equal")
     if np.ptp(points[:, 0]) < np.ptp(points[:, 1]):
         points = points[:, ::-1]  # wider than high, as is the box
     low, high = points.min(0), points.max(0)
@@ -189,17 +181,15 @@ def confusion(
 ) -> Section:
     """Makes a matrix of classes, or a list of the most frequent errors.
 
-    Labels and predictions are int `[n]`; images whose label is -1 are ignored.
-    `of` names the classifier.
+    Labels and predictions are int `[n]`; images whose label is -1 are ignored. `of` names the
+    classifier.
     """
     title = "Confusion"
     known = labels >= 0
     if not known.any():
         return Section(title, missing="the test images have no labels")
     labels, predictions = labels[known], predictions[known]
-    pairs, counts = np.unique(
-        np.stack([labels, predictions]), axis=1, return_counts=True
-    )
+    pairs, counts = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
     totals = np.bincount(labels, minlength=len(class_names))
     shares = counts / totals[pairs[0]]
     note = f"{of}, {len(labels):,} test images."
@@ -210,21 +200,15 @@ def confusion(
         return Section(title, "matrix", {"note": note, **content})
     wrong = np.flatnonzero(pairs[0] != pairs[1])
     wrong = wrong[np.lexsort((-shares[wrong], -counts[wrong]))][:_CONFUSIONS]
-    rows = [
-        (*(class_names[label] for label in pairs[:, i]), counts[i], shares[i])
-        for i in wrong
-    ]
+    rows = [(*(class_names[label] for label in pairs[:, i]), counts[i], shares[i]) for i in wrong]
     return Section(title, "errors", {"note": note, "rows": rows})
 
 
-def reproduction(
-    command: Sequence[str], runs: Sequence[Mapping[str, Any]]
-) -> Section:
+def reproduction(command: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> Section:
     """Lists the commands, in their order, with their versions and flags.
 
-    `command` is the last one, as in `sys.argv`; `runs` are `run.json` of the
-    runs before it, the newest first. If the first of them has this very
-    command, it is not shown twice.
+    `command` is the last one, as in `sys.argv`; `runs` are `run.json` of the runs before it, the
+    newest first. If the first of them has this very command, it is not shown twice.
     """
     steps: list[tuple[str, Mapping[str, Any] | None]] = [
         (_command(run["command"]), run) for run in reversed(runs)
@@ -239,9 +223,7 @@ def _command(arguments: Sequence[str]) -> str:
     return "python " + " \\\n  ".join(map(shlex.quote, words))
 
 
-def render(
-    title: str, facts: Mapping[str, str], sections: Sequence[Section]
-) -> str:
+def render(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
     """Renders the page; the same arguments give the same text.
 
     The facts are shown under the title. Missing sections are listed at the end.
@@ -269,19 +251,17 @@ def project(embeddings: np.ndarray) -> np.ndarray | None:
     if len(unit) < 10 or np.ptp(unit, axis=0).max() < 1e-6:
         return None
     perplexity = min(30.0, (len(unit) - 1) / 3)
-    # Its threads wait for each other actively: where others use the machine,
-    # many are ten times slower than one.
+    # Its threads wait for each other actively: where others use the machine, many are ten times
+    # slower than one.
     with threadpoolctl.threadpool_limits(1):
         return TSNE(perplexity=perplexity, random_state=0).fit_transform(unit)
 
 
-def nearest_neighbours(
-    embeddings: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbours(embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Computes the k most similar others of each embedding, by cosine.
 
-    For float `[n, d]`, n > k, these are the int `[n, k]` positions, nearest
-    first, and the float `[n, k]` cosines.
+    For float `[n, d]`, n > k, these are the int `[n, k]` positions, nearest first, and the float
+    `[n, k]` cosines.
     """
     unit = _normalized(embeddings)
     cosines = unit @ unit.T
@@ -311,8 +291,8 @@ def thumbnails(images: tf.Tensor, size: int) -> tf.Tensor:
 def sprite(images: np.ndarray) -> np.ndarray:
     """Arranges images in one picture, row by row, as square as possible.
 
-    From uint8 `[n, s, s, c]` to `[rows * s, columns * s, c]`, where `columns`
-    is the square root of n, rounded up; black where there is no image left.
+    From uint8 `[n, s, s, c]` to `[rows * s, columns * s, c]`, where `columns` is the square root of
+    n, rounded up; black where there is no image left.
     """
     count, size = images.shape[:2]
     columns = math.ceil(math.sqrt(count))

@@ -86,9 +86,7 @@ class Files(Source):
         paths = [self.paths[row] for row in ids]
         # A bucket answers each request after tens of milliseconds.
         with storage.pool(paths[0]) as threads:
-            found = zip(
-                paths, threads.map(tf.io.gfile.stat, paths), strict=True
-            )
+            found = zip(paths, threads.map(tf.io.gfile.stat, paths), strict=True)
             values = [(p, f.length, f.mtime_nsec) for p, f in found]
         return list(itertools.chain(*values)), [self.labels]
 
@@ -128,9 +126,7 @@ def outline(request: Request, num_examples: int, **fields: Any) -> Dataset:
     if not num_examples:
         num_examples = facts.IMAGENET_EXAMPLES
         fields["notes"] = (facts.NOT_HERE,)
-    return Dataset.of(
-        request, source=source, num_examples=num_examples, **fields
-    )
+    return Dataset.of(request, source=source, num_examples=num_examples, **fields)
 
 
 def unknown(request: Request) -> Dataset:

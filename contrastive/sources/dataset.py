@@ -45,9 +45,9 @@ class Request:
 class Source(abc.ABC):
     """Storage of the N examples of a split; the id of each is its number.
 
-    A source that is not encoded holds `images`, uint8 `[N, H, W, C]`, and
-    `read` yields batches. Otherwise `read` yields rows, dictionaries of `id`,
-    `epoch` and what `open_row` needs, which are decoded and cropped one by one.
+    A source that is not encoded holds `images`, uint8 `[N, H, W, C]`, and `read` yields batches.
+    Otherwise `read` yields rows, dictionaries of `id`, `epoch` and what `open_row` needs, which are
+    decoded and cropped one by one.
     """
 
     kind: ClassVar[str]  # in words, for reports
@@ -91,13 +91,13 @@ class Dataset:
     """One split of one dataset.
 
     Attributes:
-        ids: int64 `[num_examples]`, ascending, where these are only some of
-            the examples of `source`; None: all. They keep their ids.
-        masks: foreground (1) and background (0): uint8 `[N, H, W]` of images
-            in memory; otherwise a function from images, uint8 `[b, h, w, c]`,
-            and their ids to uint8 `[b, h, w]`. None: unknown.
-        undecodable: names of images a stream failed to decode; grows while
-            streams run. A grey image of label -1 and weight 0 replaces them.
+        ids: int64 `[num_examples]`, ascending, where these are only some of the examples of
+            `source`; None: all. They keep their ids.
+        masks: foreground (1) and background (0): uint8 `[N, H, W]` of images in memory; otherwise a
+            function from images, uint8 `[b, h, w, c]`, and their ids to uint8 `[b, h, w]`. None:
+            unknown.
+        undecodable: names of images a stream failed to decode; grows while streams run. A grey
+            image of label -1 and weight 0 replaces them.
     """
 
     name: str  # or path, as given by the user
@@ -142,8 +142,7 @@ class Dataset:
     def has_labels(self) -> bool:
         """Tells if any example has a label; reads the start of TFRecords.
 
-        The labels of some public test sets are all -1, although the names of
-        the classes are known.
+        The labels of some public test sets are all -1, although the names of the classes are known.
         """
         ids = self.example_ids
         return bool(self.num_classes) and self.source.has_label(ids)
@@ -174,8 +173,8 @@ class Dataset:
         """Names, once, an image that does not decode.
 
         Raises:
-            UndecodableImages: if it is one of more than 1 % (at least 10) of
-                all; see `data.undecodable_images_message`.
+            UndecodableImages: if it is one of more than 1 % (at least 10) of all; see
+                `data.undecodable_images_message`.
         """
         name = self.source.path(example_id)
         name = name or f"{self.name} {self.split}, example {example_id}"

@@ -26,11 +26,10 @@ def decode_crop(
 ) -> tf.Tensor:
     """Decodes a random crop and resizes it: uint8 `[size, size, channels]`.
 
-    All else is left to `data_util.augment` with `crop=False`. `encoded` is a
-    string scalar: JPEG, of which only the crop is decoded, or PNG, BMP or GIF
-    (its first frame); `key` is a uint32 scalar of `data_util.example_keys`.
-    `remove_background` turns the whole image, uint8 `[height, width,
-    channels]`, into another, where `data_util.removes_background(key)` holds.
+    All else is left to `data_util.augment` with `crop=False`. `encoded` is a string scalar: JPEG,
+    of which only the crop is decoded, or PNG, BMP or GIF (its first frame); `key` is a uint32
+    scalar of `data_util.example_keys`. `remove_background` turns the whole image, uint8 `[height,
+    width, channels]`, into another, where `data_util.removes_background(key)` holds.
     """
 
     def random_box(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
@@ -106,14 +105,13 @@ def decoded_rows(
 ) -> tf.data.Dataset:
     """Decodes the rows of an encoded dataset, in order; none is ever missing.
 
-    An image that does not decode must neither end the run nor shift the
-    stream, so a grey one replaces it, and the log names it. Errors can only be
-    caught around a data set; one for each example costs 0.3 ms, so chunks are
-    tried whole, and a chunk that fails row by row.
+    An image that does not decode must neither end the run nor shift the stream, so a grey one
+    replaces it, and the log names it. Errors can only be caught around a data set; one for each
+    example costs 0.3 ms, so chunks are tried whole, and a chunk that fails row by row.
 
-    Padding follows the last position of `plan`. `crop` turns an encoded image
-    and its row (`id` int64, `epoch` int32) into a dictionary of uint8 images,
-    to which `id`, `epoch`, `label` and `weight` are added.
+    Padding follows the last position of `plan`. `crop` turns an encoded image and its row (`id`
+    int64, `epoch` int32) into a dictionary of uint8 images, to which `id`, `epoch`, `label` and
+    `weight` are added.
     """
     rows = dataset.source.read(plan, None)
 
@@ -143,8 +141,8 @@ def decoded_rows(
         rows = tf.data.Dataset.from_tensor_slices(chunk).flat_map(try_row)
         return whole.ignore_errors().concatenate(rows.batch(_CHUNK)).take(1)
 
-    # Chunks that are done wait for their turn, so one a core leaves cores idle:
-    # measured on 2 cores, 440 images/s instead of 700.
+    # Chunks that are done wait for their turn, so one a core leaves cores idle: measured on 2
+    # cores, 440 images/s instead of 700.
     chunks = rows.batch(_CHUNK).interleave(
         try_chunk,
         cycle_length=2 * (os.cpu_count() or 1),
@@ -157,8 +155,6 @@ def decoded_rows(
 
 def _blank(spec: dict, example_id: tf.Tensor, epoch: Any) -> dict:
     """Returns an example of `spec` without label or weight, its images grey."""
-    grey = tf.nest.map_structure(
-        lambda x: tf.fill(x.shape, tf.cast(128, x.dtype)), spec
-    )
+    grey = tf.nest.map_structure(lambda x: tf.fill(x.shape, tf.cast(128, x.dtype)), spec)
     known = {"id": example_id, "epoch": epoch, "label": -1, "weight": 0.0}
     return {**grey, **known}

@@ -21,15 +21,15 @@ PATCH_CLASSES = 16
 
 # Images of one size that need no more bytes are held in memory.
 MEMORY_LIMIT = 4 << 30
-# At most this side, in pixels, is shipped whole to the device; beyond it, two
-# 224-pixel crops are the smaller parcel.
+# At most this side, in pixels, is shipped whole to the device; beyond it, two 224-pixel crops are
+# the smaller parcel.
 WHOLE_IMAGE_SIDE = 128
 # What a dataset is taken for as far as it is not known.
 IMAGENET_EXAMPLES, IMAGENET_CLASSES = 1_281_167, 1000
 NOT_HERE = "not here: what is not known of it is taken from ImageNet"
 
-# The version that TFDS 4.9.10 reads, number of classes, and image size, or None
-# where sizes vary; all have three channels.
+# The version that TFDS 4.9.10 reads, number of classes, and image size, or None where sizes vary;
+# all have three channels.
 _TFDS = {
     "caltech101": ("3.0.2", 102, None),
     "cifar10": ("3.0.2", 10, (32, 32)),
@@ -67,9 +67,8 @@ def known_facts(
 ) -> Facts | None:
     """Finds the facts that `data.outline`, with these arguments, would find.
 
-    Known are photo patches, TFDS data sets that are prepared on this machine,
-    and a few others of TFDS. None means that only `data.outline` can tell, or
-    raises an error.
+    Known are photo patches, TFDS data sets that are prepared on this machine, and a few others of
+    TFDS. None means that only `data.outline` can tell, or raises an error.
     """
     try:
         found = _find(name, split, data_dir, channels)
@@ -81,9 +80,7 @@ def known_facts(
     is_encoded = not fits_in_memory(size, channels, count)
     notes = () if count else (NOT_HERE,)
     count = count or IMAGENET_EXAMPLES
-    return Facts(
-        name, split, count, num_classes, channels, size, is_encoded, notes
-    )
+    return Facts(name, split, count, num_classes, channels, size, is_encoded, notes)
 
 
 def _find(
@@ -150,10 +147,7 @@ def _prepared(
     shape = map(int, image["image"]["shape"]["dimensions"])
     height, width, depth = (n if n > 0 else None for n in shape)
     image_size = (height, width) if height and width else None
-    shards = {
-        part["name"]: list(map(int, part.get("shardLengths", ())))
-        for part in info["splits"]
-    }
+    shards = {part["name"]: list(map(int, part.get("shardLengths", ()))) for part in info["splits"]}
     count = sum(len(part) for _, part in splits.ranges(split, shards, name))
     num_classes = int(label["classLabel"]["numClasses"]) if label else 0
     return count, num_classes, channels or depth or 3, image_size

@@ -66,9 +66,7 @@ def load(request: Request) -> Dataset:
     headers, unreadable = _headers(root, names, channels, split)
     class_names = sorted({_class_of(name, depth) for name in files} - {""})
     numbers = {name: number for number, name in enumerate(class_names)}
-    labels = np.array(
-        [numbers.get(_class_of(name, depth), -1) for name in headers], np.int32
-    )
+    labels = np.array([numbers.get(_class_of(name, depth), -1) for name in headers], np.int32)
     notes += _class_notes(labels, class_names)
     notes += _channel_notes(headers.values(), channels)
     if unreadable:
@@ -135,8 +133,8 @@ def _splits(
 ) -> tuple[dict[str, list[str]], int, list[str]]:
     """Returns the files of each split, depth of the class folders, and notes.
 
-    The top folders are splits if one is called "train", or all bear names of
-    splits. Otherwise a hash of the path decides.
+    The top folders are splits if one is called "train", or all bear names of splits. Otherwise a
+    hash of the path decides.
     """
     parts = collections.defaultdict(list)
     tops = {name.split(os.sep)[0] for name in files if os.sep in name}
@@ -198,9 +196,7 @@ def _read_header(path: str, channels: int) -> _Header | None:
     try:
         with storage.open_binary(path) as file:
             with Image.open(file) as image:
-                header = _Header(
-                    str(image.format), image.mode, image.size[::-1]
-                )
+                header = _Header(str(image.format), image.mode, image.size[::-1])
             allowed = _DECODED_CHANNELS.get(header.format)
             if allowed is None:
                 return None
@@ -208,8 +204,8 @@ def _read_header(path: str, channels: int) -> _Header | None:
             tail = file.read()
         is_small = max(header.size) <= facts.WHOLE_IMAGE_SIDE
         trailer = _TRAILERS.get(header.format)
-        # A large file that ends as its format does is taken to be whole. One
-        # that does not may be cut short, or merely have something appended.
+        # A large file that ends as its format does is taken to be whole. One that does not may be
+        # cut short, or merely have something appended.
         if is_small or trailer is None or not tail.endswith(trailer):
             _decoder(channels if channels in allowed else 0)(path)
     except _BAD_IMAGE:
@@ -228,8 +224,7 @@ def _headers(
     unreadable = [name for name in names if name not in headers]
     if not headers:
         raise ValueError(
-            f"None of the images of split {split!r} of {root!r} can be "
-            f"decoded: {some(unreadable)}."
+            f"None of the images of split {split!r} of {root!r} can be decoded: {some(unreadable)}."
         )
     return headers, unreadable
 
@@ -248,10 +243,7 @@ def _channel_notes(headers: Collection[_Header], channels: int) -> list[str]:
     notes = [f"formats: {dict(formats)}, modes: {dict(modes)}"]
     alpha = sum(modes[mode] for mode in ("RGBA", "LA", "PA"))
     if alpha and channels < 4:
-        notes.append(
-            f"{alpha} images have an alpha channel, which is dropped; "
-            "channels=4 keeps it"
-        )
+        notes.append(f"{alpha} images have an alpha channel, which is dropped; channels=4 keeps it")
     deep = sum(count for mode, count in modes.items() if mode.startswith("I"))
     if deep:
         notes.append(f"{deep} images of 16 bits are reduced to 8")

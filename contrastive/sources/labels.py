@@ -26,20 +26,19 @@ def choose(
 ) -> np.ndarray:
     """Chooses equally many examples of each class at random.
 
-    An example is chosen by a hash of the seed and its id alone, so that with
-    the same seed a smaller choice per class is part of a larger one. Returns
-    int64 ids, ascending.
+    An example is chosen by a hash of the seed and its id alone, so that with the same seed a
+    smaller choice per class is part of a larger one. Returns int64 ids, ascending.
 
     Args:
         dataset: a dataset of `data.load`, or a subset of it.
-        fraction: share of the examples that have a label, in (0, 1]. The
-            counts of two classes differ by 1 at most, and are at least 1.
+        fraction: share of the examples that have a label, in (0, 1]. The counts of two classes
+            differ by 1 at most, and are at least 1.
         per_class: examples of each class, at least 1; instead of `fraction`.
         seed: random seed.
 
     Raises:
-        ValueError: if there are no labels, or a class has too few examples;
-            if not one of `fraction` and `per_class` is given, in its range.
+        ValueError: if there are no labels, or a class has too few examples; if not one of
+            `fraction` and `per_class` is given, in its range.
     """
     is_fraction = fraction is not None and 0 < fraction <= 1
     is_count = per_class is not None and per_class >= 1
@@ -68,8 +67,7 @@ def choose(
     ]
     if short:
         raise ValueError(
-            f"Classes of {dataset.name!r}, {dataset.split!r}, have too few "
-            f"examples: {some(short)}."
+            f"Classes of {dataset.name!r}, {dataset.split!r}, have too few examples: {some(short)}."
         )
     order = np.lexsort((ids, _random_numbers(ids, seed, 0)))
     of_class = [order[labels[order] == i] for i in range(num_classes)]
@@ -86,12 +84,12 @@ def _random_numbers(numbers: np.ndarray, seed: int, use: int) -> np.ndarray:
 def from_file(dataset: Dataset, path: str) -> np.ndarray:
     """Reads a text file that lists examples; returns their ids, ascending.
 
-    The file has one id or one name per line. A name is the path of an image
-    file, or its last parts, as in SimCLR's `imagenet_subsets/1percent.txt`.
+    The file has one id or one name per line. A name is the path of an image file, or its last
+    parts, as in SimCLR's `imagenet_subsets/1percent.txt`.
 
     Raises:
-        ValueError: if the file lists nothing, or an example that is not in the
-            dataset, or a name that several examples bear.
+        ValueError: if the file lists nothing, or an example that is not in the dataset, or a name
+            that several examples bear.
     """
     with tf.io.gfile.GFile(path) as file:
         lines = {line.strip() for line in file} - {""}

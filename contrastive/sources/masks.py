@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks of the foreground: read or estimated, and removal of the rest.
 
-ReLICv2 takes its masks from a network, DeepUSPS, whose weights are not
-published. The two estimates here need no weights, and find about where an
-object is, not its outline.
+ReLICv2 takes its masks from a network, DeepUSPS, whose weights are not published. The two estimates
+here need no weights, and find about where an object is, not its outline.
 """
 
 import dataclasses
@@ -26,14 +25,12 @@ _WORKING_SIDE = 64  # pixels
 _SPECTRAL_SIGMA, _FOREGROUND_SIGMA, _CENTER_SIGMA = 2.5, 4.0, 0.3
 _CHUNK = 256  # examples whose masks are made by one call
 
-# From images, uint8 `[b, h, w, c]`, and their ids to masks, uint8 `[b, h, w]`,
-# 1 for foreground and 0 for background.
+# From images, uint8 `[b, h, w, c]`, and their ids to masks, uint8 `[b, h, w]`, 1 for foreground and
+# 0 for background.
 _MaskFunction = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
-def attach(
-    dataset: Dataset, mask_dir: str | None, estimator: str | None
-) -> Dataset:
+def attach(dataset: Dataset, mask_dir: str | None, estimator: str | None) -> Dataset:
     """Adds masks from the files of a folder, or of an estimator.
 
     Raises:
@@ -70,10 +67,9 @@ def remove_background(
 ) -> tf.Tensor:
     """Fills the background of some images, before `data_util.augment`.
 
-    `data_util.removes_background` chooses them by their `keys`, uint32 `[b]`.
-    `images` are uint8 `[b, h, w, c]`, as is the result, and `masks` uint8
-    `[b, h, w]`, 0 for background. Source: ReLICv2, arXiv:2201.05119, which
-    multiplies by the mask: fill "zero".
+    `data_util.removes_background` chooses them by their `keys`, uint32 `[b]`. `images` are uint8
+    `[b, h, w, c]`, as is the result, and `masks` uint8 `[b, h, w]`, 0 for background. Source:
+    ReLICv2, arXiv:2201.05119, which multiplies by the mask: fill "zero".
     """
     removes = data_util.removes_background(keys, augmentation)
     fill = tf.zeros_like(images)
@@ -120,8 +116,8 @@ def whole_if_implausible(masks: tf.Tensor) -> tf.Tensor:
     return tf.where(use, masks, tf.ones_like(masks))
 
 
-# The mask of `dogs/rex.jpg`, in a folder of images, is `dogs/rex.png`.
-# Otherwise, and where that is missing, it is `{id}.png`.
+# The mask of `dogs/rex.jpg`, in a folder of images, is `dogs/rex.png`. Otherwise, and where that is
+# missing, it is `{id}.png`.
 def _find(dataset: Dataset, mask_dir: str) -> list[str]:
     """Returns the file of the mask of each id; "" where there is none."""
     found = set(storage.file_names(mask_dir))
@@ -171,19 +167,14 @@ def _reader(files: Sequence[str]) -> _MaskFunction:
 
 def _estimator(name: str) -> _MaskFunction:
     if name not in ESTIMATORS:
-        raise ValueError(
-            f"`saliency` must be one of {', '.join(ESTIMATORS)}. Received: "
-            f"{name!r}."
-        )
+        raise ValueError(f"`saliency` must be one of {', '.join(ESTIMATORS)}. Received: {name!r}.")
     return lambda images, _: foreground(ESTIMATORS[name](images))
 
 
 class _PlausibleMasks:
     """A function that makes masks, whole where not plausible: see `ids`."""
 
-    def __init__(
-        self, make: _MaskFunction, missing: set[int], *, log: bool
-    ) -> None:
+    def __init__(self, make: _MaskFunction, missing: set[int], *, log: bool) -> None:
         self.ids: set[int] = set()  # without those in `missing`
         self._make, self._missing, self._log = make, missing, log
 
@@ -224,15 +215,14 @@ def _hold(masks: _MaskFunction, images: np.ndarray) -> np.ndarray:
 def spectral_residual(images: tf.Tensor) -> tf.Tensor:
     """Estimates saliency by deviations from the smooth log spectrum.
 
-    The saliency is `|F^-1(exp(R + iP))|^2`, smoothed, where P is the phase of
-    the spectrum, and R its log amplitude less the mean of that over 3 x 3
-    frequencies. Images are uint8 `[b, h, w, c]`; the result is float32
+    The saliency is `|F^-1(exp(R + iP))|^2`, smoothed, where P is the phase of the spectrum, and R
+    its log amplitude less the mean of that over 3 x 3 frequencies. Images are uint8 `[b, h, w, c]`;
+    the result is float32
     `[b, h, w]`, from 0 to 1 in each image, and 0 in an even one.
 
-    Source: Hou & Zhang, "Saliency Detection: A Spectral Residual Approach",
-    CVPR 2007, and its MATLAB code (means continued by the border values,
-    Gaussian of 2.5 pixels). As there, in grey and at 64 pixels, but of the
-    shorter side; below 64 pixels, the Gaussian shrinks in proportion.
+    Source: Hou & Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, and its
+    MATLAB code (means continued by the border values, Gaussian of 2.5 pixels). As there, in grey
+    and at 64 pixels, but of the shorter side; below 64 pixels, the Gaussian shrinks in proportion.
     """
     gray = tf.reduce_mean(tf.cast(images, tf.float32), axis=-1)
     small, side = _reduced(gray)
@@ -254,11 +244,10 @@ def spectral_residual(images: tf.Tensor) -> tf.Tensor:
 def frequency_tuned(images: tf.Tensor) -> tf.Tensor:
     """Estimates saliency by the distance of colours from the mean colour.
 
-    The saliency is `|m - x|` in CIE L*a*b*, with m the mean colour of the
-    image, and x the image smoothed by 5 x 5 binomial weights; without three
-    channels, as they are. Shapes and ranges are those of `spectral_residual`.
-    Source: Achanta et al., "Frequency-tuned Salient Region Detection", CVPR
-    2009, section 3.
+    The saliency is `|m - x|` in CIE L*a*b*, with m the mean colour of the image, and x the image
+    smoothed by 5 x 5 binomial weights; without three channels, as they are. Shapes and ranges are
+    those of `spectral_residual`.
+    Source: Achanta et al., "Frequency-tuned Salient Region Detection", CVPR 2009, section 3.
     """
     x = tf.cast(images, tf.float32) / 255.0
     if images.shape[-1] == 3:
@@ -274,15 +263,13 @@ ESTIMATORS = dict(spectral=spectral_residual, frequency_tuned=frequency_tuned)
 def foreground(saliency: tf.Tensor) -> tf.Tensor:
     """Finds the region around the middle that is more salient than the mean.
 
-    The saliency, float32 `[b, h, w]`, is smoothed (4 pixels, at the resolution
-    of `spectral_residual`) and weighted by a Gaussian around the middle of the
-    image (0.3 of the height and width); foreground, 1 in the uint8 result, is
-    where it then exceeds its mean.
+    The saliency, float32 `[b, h, w]`, is smoothed (4 pixels, at the resolution of
+    `spectral_residual`) and weighted by a Gaussian around the middle of the image (0.3 of the
+    height and width); foreground, 1 in the uint8 result, is where it then exceeds its mean.
 
-    The thresholds of the papers, 3 times the mean (Hou & Zhang) and twice the
-    mean (Achanta et al., of segments), leave some 5 % of the pixels, mostly
-    edges, and half of the masks of CIFAR-10 implausible. Here about 37 % are
-    foreground, and no mask of 1,000 is implausible.
+    The thresholds of the papers, 3 times the mean (Hou & Zhang) and twice the mean (Achanta et al.,
+    of segments), leave some 5 % of the pixels, mostly edges, and half of the masks of CIFAR-10
+    implausible. Here about 37 % are foreground, and no mask of 1,000 is implausible.
     """
     small, side = _reduced(saliency)
     weights = _gaussian(_FOREGROUND_SIGMA, side)

@@ -34,8 +34,7 @@ def load(request: Request) -> Dataset:
     images, labels = _part(path, found, "")
     if "labels_test" in found and "images_test" not in found:
         raise ValueError(
-            f"{path!r} holds `labels_test` without `images_test`. Received: "
-            f"{sorted(found)}."
+            f"{path!r} holds `labels_test` without `images_test`. Received: {sorted(found)}."
         )
     notes: tuple[str, ...] = ()
     if "images_test" in found:
@@ -59,9 +58,7 @@ def load(request: Request) -> Dataset:
     if request.split == splits.ALL:
         rows.sort()
     class_names = map(str, range(int(labels.max()) + 1))
-    return arrays.in_memory(
-        request, images[rows], labels[rows], class_names, notes=notes
-    )
+    return arrays.in_memory(request, images[rows], labels[rows], class_names, notes=notes)
 
 
 def outline(request: Request) -> Dataset:
@@ -86,9 +83,7 @@ def _read(path: str) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _part(
-    path: str, found: dict[str, np.ndarray], suffix: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _part(path: str, found: dict[str, np.ndarray], suffix: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns checked images and labels of one part of an archive."""
     images = found.get(f"images{suffix}", np.zeros(()))
     labels = found.get(f"labels{suffix}", np.full(images.shape[:1], -1))

@@ -10,9 +10,9 @@ from contrastive.sources.dataset import Dataset, Request
 class Opener(Protocol):
     """A module, or an object, that opens one kind of data.
 
-    Each function raises a ValueError if the data, or the file system on which
-    they lie, cannot be reached or read; `load` raises NoSuchSplit, a
-    ValueError, if the split does not exist or is empty.
+    Each function raises a ValueError if the data, or the file system on which they lie, cannot be
+    reached or read; `load` raises NoSuchSplit, a ValueError, if the split does not exist or is
+    empty.
     """
 
     def owns(self, request: Request, /) -> bool:

@@ -2,9 +2,9 @@
 """The order of examples in a stream.
 
 Position `p` is row `p % batch_size` of step `p // batch_size`, in epoch
-`p // num_examples`. What stands there depends on the seed and the epoch alone.
-Where some rows of each batch are reserved for labelled examples, these and the
-other examples have positions, and epochs, of their own.
+`p // num_examples`. What stands there depends on the seed and the epoch alone. Where some rows of
+each batch are reserved for labelled examples, these and the other examples have positions, and
+epochs, of their own.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ EXAMPLE_ORDER, SHARD_ORDER, _LABELLED_ORDER = range(3)
 class Plan:
     """The examples at each position, and the positions of one host.
 
-    Every host has as many rows of each step, next to each other. Without a
-    seed there is one epoch, in storage order, and padding after it.
+    Every host has as many rows of each step, next to each other. Without a seed there is one epoch,
+    in storage order, and padding after it.
     """
 
     num_examples: int
@@ -99,9 +99,9 @@ def permute(
 ) -> tf.Tensor:
     """Returns where permutation `number` of `[0, size)` puts `index`.
 
-    `use` is `EXAMPLE_ORDER` etc.; without a seed, nothing is permuted. The 4
-    rounds of `tf.random.experimental.index_shuffle` leave neighbouring epochs
-    correlated (0.76 for 50,000 examples, 1.0 for 65,536), 16 leave 0.01.
+    `use` is `EXAMPLE_ORDER` etc.; without a seed, nothing is permuted. The 4 rounds of
+    `tf.random.experimental.index_shuffle` leave neighbouring epochs correlated (0.76 for 50,000
+    examples, 1.0 for 65,536), 16 leave 0.01.
     """
     if seed is None:
         return index
@@ -109,6 +109,4 @@ def permute(
     parts = [tf.cast(part, tf.int64) for part in (use, seed, number)]
     seeds = tf.stack([tf.broadcast_to(part, shape) for part in parts], axis=-1)
     largest = tf.cast(size, tf.int64) - 1
-    return tf.raw_ops.RandomIndexShuffle(
-        index=index, seed=seeds, max_index=largest, rounds=16
-    )
+    return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=largest, rounds=16)

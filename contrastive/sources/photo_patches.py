@@ -30,11 +30,10 @@ def owns(request: Request) -> bool:
 def load(request: Request) -> Dataset:
     """Cuts 32x32 RGB patches out of the 16 pictures of scikit-image's wheel.
 
-    The class is the picture. Of its longer side, test patches come from the
-    middle 28 %, train patches from both sides, with a gap between: no pixel is
-    shared. A patch is a square of 32 to 96 pixels (log-uniform) at a random
-    place, downsampled by box filter. 10,000 train and 2,000 test patches, of a
-    fixed seed. Logistic regression on raw pixels reaches 45.0 % on test.
+    The class is the picture. Of its longer side, test patches come from the middle 28 %, train
+    patches from both sides, with a gap between: no pixel is shared. A patch is a square of 32 to 96
+    pixels (log-uniform) at a random place, downsampled by box filter. 10,000 train and 2,000 test
+    patches, of a fixed seed. Logistic regression on raw pixels reaches 45.0 % on test.
     """
     rows = splits.select(request.split, PATCHES, PHOTO_PATCHES)
     parts = [_cut_patches(part) for part in PATCHES]

@@ -22,8 +22,8 @@ _RECORDS_LOOKED_AT = 48
 class Records(Source):
     """Examples in TFRecord shards, which can only be read from their start.
 
-    Of each shard, int64 `[shards]`, `skips` examples at the start do not
-    belong to the split, and the `takes` after those do.
+    Of each shard, int64 `[shards]`, `skips` examples at the start do not belong to the split, and
+    the `takes` after those do.
     """
 
     filenames: tuple[str, ...]
@@ -39,9 +39,9 @@ class Records(Source):
     def read(self, plan: Plan, masks: np.ndarray | None) -> tf.data.Dataset:
         """See `Source`; rows hold the serialized `record`.
 
-        Every epoch is a permutation of the shards, cut into groups. A resumed
-        stream reads the group it stopped in and none before it. Of a subset,
-        shards without any of its examples are not read.
+        Every epoch is a permutation of the shards, cut into groups. A resumed stream reads the
+        group it stopped in and none before it. Of a subset, shards without any of its examples are
+        not read.
         """
         del masks
         columns, lengths, is_chosen = self._shards(plan)
@@ -157,9 +157,7 @@ class Records(Source):
         return np.concatenate(list(batches.as_numpy_iterator()))
 
 
-def _read_shards(
-    columns: tuple, read: Callable, width: int, longest: int
-) -> tf.data.Dataset:
+def _read_shards(columns: tuple, read: Callable, width: int, longest: int) -> tf.data.Dataset:
     """Reads `width` shards in parallel; delivers one after the other."""
     return tf.data.Dataset.from_tensor_slices(columns).interleave(
         read, width, block_length=longest, num_parallel_calls=tf.data.AUTOTUNE

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits of a data set: expressions of them, and the tenth that is held out.
 
-The expressions are TFDS's (https://www.tensorflow.org/datasets/splits), which
-takes seconds to import.
+The expressions are TFDS's (https://www.tensorflow.org/datasets/splits), which takes seconds to
+import.
 """
 
 from __future__ import annotations
@@ -29,14 +29,12 @@ class NoSuchSplit(ValueError):
         self.splits = dict(splits)
 
 
-def ranges(
-    split: str, shards: Mapping[str, Sequence[int]], name: str
-) -> list[tuple[str, range]]:
+def ranges(split: str, shards: Mapping[str, Sequence[int]], name: str) -> list[tuple[str, range]]:
     """Evaluates a split expression such as "train[:90%]+test".
 
-    `shards` holds the number of examples in each shard, by name of the split,
-    and `name` is that of the data set, for the message. Returns, for each
-    term, the name of a split and a range of its examples.
+    `shards` holds the number of examples in each shard, by name of the split, and `name` is that of
+    the data set, for the message. Returns, for each term, the name of a split and a range of its
+    examples.
 
     Raises:
         NoSuchSplit: if there are no such examples.
@@ -51,9 +49,7 @@ def ranges(
             elif match and match[1] in shards:
                 found.append((match[1], _range(match, shards[match[1]])))
             else:
-                raise ValueError(
-                    f"Unknown split {term!r} among {list(shards)}."
-                )
+                raise ValueError(f"Unknown split {term!r} among {list(shards)}.")
     except ValueError as error:
         unknown = error
     if unknown or not any(part for _, part in found):
@@ -104,16 +100,14 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> np.ndarray:
     """
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
     found = ranges(split, {key: [size] for key, size in sizes.items()}, name)
-    return np.concatenate(
-        [starts[key] + np.arange(part.start, part.stop) for key, part in found]
-    )
+    return np.concatenate([starts[key] + np.arange(part.start, part.stop) for key, part in found])
 
 
 def is_held_out(name: str) -> bool:
     """Tells if an example is one of the tenth that is split "test".
 
-    A hash of the name alone decides, so that examples that are added later
-    move no other from one split to the other.
+    A hash of the name alone decides, so that examples that are added later move no other from one
+    split to the other.
     """
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % 10 == 0

@@ -25,8 +25,8 @@ from contrastive.sources import arrays, decoding, facts, splits
 from contrastive.sources.dataset import Dataset, Request
 from contrastive.sources.records import Records
 
-# Encoded images read and shuffled together where storage has no random access;
-# a stream holds up to three such groups.
+# Encoded images read and shuffled together where storage has no random access; a stream holds up to
+# three such groups.
 _GROUP_BYTES = 1 << 30
 _SECONDS_BETWEEN_LINES = 30.0
 # Packages whose name differs from that of the module.
@@ -59,8 +59,8 @@ def load(request: Request) -> Dataset:
     """Opens a split, in memory if it is small, and prepares it if need be.
 
     Raises:
-        ValueError: if there is no such dataset, or its folder cannot be
-            reached, or it cannot be prepared.
+        ValueError: if there is no such dataset, or its folder cannot be reached, or it cannot be
+            prepared.
     """
     builder = _builder(request, request.data_dir)
     if not is_prepared(request.path) and not builder.is_prepared():
@@ -137,9 +137,7 @@ def _builder(request: Request, data_dir: str | None) -> Any:
         # TFDS makes a RuntimeError of what a file system raises.
         reason = " ".join(str(error).split())
         folder = data_dir or str(tfds.core.constants.DATA_DIR)
-        raise ValueError(
-            f"TFDS cannot open {name!r} in {folder!r}: {reason}."
-        ) from error
+        raise ValueError(f"TFDS cannot open {name!r} in {folder!r}: {reason}.") from error
 
 
 def _count(request: Request, info: Any) -> int:
@@ -149,9 +147,7 @@ def _count(request: Request, info: Any) -> int:
     return sum(len(part) for _, part in parts)
 
 
-def _describe(
-    request: Request, info: Any
-) -> tuple[tuple[str, str], dict[str, Any]]:
+def _describe(request: Request, info: Any) -> tuple[tuple[str, str], dict[str, Any]]:
     """Returns the keys of image and label, and some fields of `Dataset`."""
     image_key = _feature_key(info, tfds.features.Image, "image")
     if not image_key:
@@ -181,9 +177,7 @@ def _read_all(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads the images and labels of a split, in storage order."""
     keys = {image_key, label_key} - {""}
-    decode = tfds.decode.make_decoder()(
-        lambda x, _: decoding.decode(x, channels)
-    )
+    decode = tfds.decode.make_decoder()(lambda x, _: decoding.decode(x, channels))
     features = builder.as_dataset(
         split,
         batch_size=-1,
@@ -208,8 +202,8 @@ def _prepare(builder: Any, name: str) -> None:
     tfds.display_progress_bar(on_terminal)
     lines = contextlib.nullcontext() if on_terminal else _lines(builder, name)
     try:
-        # The builder does without the training archive and would leave a
-        # dataset without the split "train", which then counts as prepared.
+        # The builder does without the training archive and would leave a dataset without the split
+        # "train", which then counts as prepared.
         missing = " and ".join(_absent_archives(builder))
         if builder.name == "imagenet2012" and missing:
             raise FileNotFoundError(f"Missing archives: {missing}")
@@ -293,19 +287,14 @@ def _missing_package(error: BaseException) -> str:
         return ""
     module = error.name.split(".")[0]
     package = _PACKAGES.get(module, module)
-    return (
-        f"the Python package {package!r} is missing. Install it: "
-        f"`pip install {package}`."
-    )
+    return f"the Python package {package!r} is missing. Install it: `pip install {package}`."
 
 
 def _reason(builder: Any, name: str, error: BaseException) -> str:
     """Returns what an error means, and what helps; "" if it is unknown."""
     root, text = str(builder.data_dir_root), f"{type(error).__name__}: {error}"
     if isinstance(error, download_manager.NonMatchingChecksumError):
-        found = re.search(
-            r"Artifact (\S+), downloaded to (.+), has", str(error)
-        )
+        found = re.search(r"Artifact (\S+), downloaded to (.+), has", str(error))
         url, path = found.groups() if found else ("a download", "the download")
         return (
             f"the checksum of {url} is not the expected one; the file was "
@@ -319,8 +308,7 @@ def _reason(builder: Any, name: str, error: BaseException) -> str:
             "it as --data_dir."
         )
     is_full = isinstance(error, OSError) and (
-        error.errno in _FULL_STORAGE
-        or str(error).startswith("Not enough disk space")
+        error.errno in _FULL_STORAGE or str(error).startswith("Not enough disk space")
     )
     if is_full or isinstance(error, _STORAGE_ERRORS):
         path = str(getattr(error, "filename", None) or "")
@@ -346,8 +334,7 @@ def _url(builder: Any, error: BaseException) -> str:
 
 def _failed_storage(builder: Any, error: BaseException) -> str:
     is_full = isinstance(error, OSError) and (
-        error.errno in _FULL_STORAGE
-        or str(error).startswith("Not enough disk space")
+        error.errno in _FULL_STORAGE or str(error).startswith("Not enough disk space")
     )
     if not is_full and not isinstance(error, _STORAGE_ERRORS):
         return ""

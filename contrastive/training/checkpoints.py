@@ -33,14 +33,12 @@ class TrainingCheckpoints:
 
     Args:
         directory: run directory; created by the first save.
-        step: int64 variable, number of optimizer steps done; saved with the
-            rest.
+        step: int64 variable, number of optimizer steps done; saved with the rest.
         max_to_keep: number of checkpoints to keep; older ones are deleted.
-        saves: whether this process writes. All machines hold the same state,
-            so only one of them needs to.
-        **objects: Keras models and optimizers, whose variables are stored by
-            their paths, and other trackable objects. All their variables must
-            exist. None values are ignored.
+        saves: whether this process writes. All machines hold the same state, so only one of them
+            needs to.
+        **objects: Keras models and optimizers, whose variables are stored by their paths, and other
+            trackable objects. All their variables must exist. None values are ignored.
     """
 
     def __init__(
@@ -57,9 +55,7 @@ class TrainingCheckpoints:
             step=step,
             **{k: _trackable(v) for k, v in objects.items() if v is not None},
         )
-        self._manager = tf.train.CheckpointManager(
-            self._checkpoint, directory, max_to_keep
-        )
+        self._manager = tf.train.CheckpointManager(self._checkpoint, directory, max_to_keep)
 
     @property
     def latest(self) -> str | None:
@@ -75,12 +71,10 @@ class TrainingCheckpoints:
     def restore_latest(self) -> int:
         """Restores the newest readable checkpoint; returns its step, or 0.
 
-        A checkpoint that is damaged, for example because the disk was full, is
-        logged and skipped.
+        A checkpoint that is damaged, for example because the disk was full, is logged and skipped.
 
         Raises:
-            CannotRestore: if no existing checkpoint can be read, or one
-                belongs to other networks.
+            CannotRestore: if no existing checkpoint can be read, or one belongs to other networks.
         """
         paths = self._manager.checkpoints
         for path in reversed(paths):
@@ -115,8 +109,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _trackable(item: Any) -> Any:
-    # Keras would number the layers, so that an added layer would break all
-    # checkpoints, and would save trained weights again with the optimizer.
+    # Keras would number the layers, so that an added layer would break all checkpoints, and would
+    # save trained weights again with the optimizer.
     if isinstance(item, keras.optimizers.Optimizer):
         # The first part of a path is the optimizer's name, which is numbered.
         return {v.path.partition("/")[2]: v.value for v in item.variables}
@@ -160,8 +154,8 @@ def restore_networks(path: str, **networks: keras.layers.Layer) -> None:
 
     Raises:
         ValueError: if there is no such checkpoint.
-        CannotRestore: if a variable of `networks` is missing in the file or
-            has another shape there.
+        CannotRestore: if a variable of `networks` is missing in the file or has another shape
+            there.
     """
     prefix = latest_checkpoint(path)
     try:

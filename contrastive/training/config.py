@@ -46,8 +46,7 @@ class TrainConfig:
         peak_learning_rate: after warm-up, already scaled by the batch size.
         checkpoint_steps: steps between checkpoints; not 0.
         summary_steps: steps between TensorBoard points; 0: none.
-        jit_augmentation: whether the augmentation is compiled by XLA where the
-            step is not.
+        jit_augmentation: whether the augmentation is compiled by XLA where the step is not.
     """
 
     train_mode: str
@@ -106,9 +105,7 @@ def make_config(
     target = resolved.group(schema.Target)
     size, count = batch.train_batch_size, data.num_examples
     _check_divides(batch, num_replicas)
-    train_steps = length.train_steps or num_train_steps(
-        count, length.train_epochs, size
-    )
+    train_steps = length.train_steps or num_train_steps(count, length.train_epochs, size)
     warmup_steps = num_warmup_steps(count, optimizer.warmup_epochs, size)
     if pretrains and warmup_steps >= train_steps:
         logging.warning(
@@ -139,8 +136,7 @@ def make_config(
         optimizer=optimizer.optimizer,
         **dataclasses.asdict(resolved.group(schema.Regularization)),
         fine_tune_after_block=resolved["fine_tune_after_block"],
-        checkpoint_steps=saving.checkpoint_steps
-        or saving.checkpoint_epochs * epoch_steps,
+        checkpoint_steps=saving.checkpoint_steps or saving.checkpoint_epochs * epoch_steps,
         checkpoint_minutes=saving.checkpoint_minutes,
         keep_checkpoint_max=saving.keep_checkpoint_max,
         summary_steps=saving.train_summary_steps,
@@ -157,8 +153,7 @@ def _check_divides(batch: schema.Batch, num_replicas: int) -> None:
     if size % (num_replicas * parts):
         raise ValueError(
             f"--train_batch_size={size} does not divide among "
-            f"{num_replicas} replicas"
-            + (f" and --accumulate_steps={parts}." if parts > 1 else ".")
+            f"{num_replicas} replicas" + (f" and --accumulate_steps={parts}." if parts > 1 else ".")
         )
 
 
@@ -189,10 +184,7 @@ def make_views(resolved: Resolved) -> tuple[Augmentation, ...]:
     many = range(views.num_large_views), range(views.num_small_views)
     return (
         *(_make_view(views, size, i % 2, large) for i in many[0]),
-        *(
-            _make_view(views, views.small_image_size, 1, small, is_small=True)
-            for _ in many[1]
-        ),
+        *(_make_view(views, views.small_image_size, 1, small, is_small=True) for _ in many[1]),
     )
 
 
@@ -207,9 +199,7 @@ def _make_view(
     if views.augmentation == "byol":
         return augmentation_lib.byol_augmentation(size, view=side, **overrides)
     if views.augmentation == "relic_pytorch":
-        return augmentation_lib.relic_pytorch_augmentation(
-            size, solarize=not is_small, **overrides
-        )
+        return augmentation_lib.relic_pytorch_augmentation(size, solarize=not is_small, **overrides)
     return augmentation_lib.simclr_augmentation(
         size,
         strength=views.color_jitter_strength,
@@ -218,17 +208,14 @@ def _make_view(
     )
 
 
-def scaled_learning_rate(
-    base: float, batch_size: int, scaling: str = "linear"
-) -> float:
+def scaled_learning_rate(base: float, batch_size: int, scaling: str = "linear") -> float:
     """Returns the peak learning rate for a batch size.
 
-    Source: Goyal et al., arXiv:1706.02677 (linear); google-research/simclr,
-    tf2/model.py (both). Note that sqrt counts images, not batches of 256.
+    Source: Goyal et al., arXiv:1706.02677 (linear); google-research/simclr, tf2/model.py (both).
+    Note that sqrt counts images, not batches of 256.
 
     `scaling` is "linear" (`base * batch_size / 256`), "sqrt"
-    (`base * sqrt(batch_size)`) or "none" (`base`), with a global batch size in
-    images.
+    (`base * sqrt(batch_size)`) or "none" (`base`), with a global batch size in images.
 
     Raises:
         ValueError: if `scaling` is unknown.
@@ -239,9 +226,7 @@ def scaled_learning_rate(
         "none": 1.0,
     }
     if scaling not in factors:
-        raise ValueError(
-            f"`scaling` must be one of {tuple(factors)}. Received: {scaling!r}."
-        )
+        raise ValueError(f"`scaling` must be one of {tuple(factors)}. Received: {scaling!r}.")
     return base * factors[scaling]
 
 

@@ -16,9 +16,7 @@ from contrastive.training.state import TrainState
 from contrastive.training.views import Batch, Step, ViewMaker
 
 
-def finetuning_step(
-    config: TrainConfig, state: TrainState, make_views: ViewMaker
-) -> Step:
+def finetuning_step(config: TrainConfig, state: TrainState, make_views: ViewMaker) -> Step:
     """Returns the step that trains the classifier, for every replica.
 
     `make_views` makes one view; the step updates the variables of `state`.
@@ -43,9 +41,7 @@ def finetuning_step(
     return step
 
 
-def classification(
-    logits: tf.Tensor, labels: tf.Tensor, gather: Gather
-) -> Metrics:
+def classification(logits: tf.Tensor, labels: tf.Tensor, gather: Gather) -> Metrics:
     """Returns the mean cross-entropy and top-1/top-5 accuracy.
 
     Rows without a label (-1) are ignored.
@@ -56,15 +52,12 @@ def classification(
         gather: see `contrastive.objectives.base.Gather`.
     """
     weight = tf.cast(labels >= 0, tf.float32)
-    loss = weight * tf.nn.sparse_softmax_cross_entropy_with_logits(
-        tf.maximum(labels, 0), logits
-    )
-    # A mean over replicas of each one's own share would depend on how labelled
-    # rows are spread over them; of the loss, it is the mean over all rows.
+    loss = weight * tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
+    # A mean over replicas of each one's own share would depend on how labelled rows are spread over
+    # them; of the loss, it is the mean over all rows.
     labelled = tf.reduce_mean(gather(tf.reduce_sum(weight)[tf.newaxis])[0])
     labelled = tf.maximum(labelled, 1e-6)
     return {"loss": tf.reduce_mean(loss)} | {
-        f"top_{k}_accuracy": tf.reduce_sum(weight * in_top(k, logits, labels))
-        / labelled
+        f"top_{k}_accuracy": tf.reduce_sum(weight * in_top(k, logits, labels)) / labelled
         for k in (1, 5)
     }

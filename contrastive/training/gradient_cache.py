@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of a batch that is embedded in parts.
 
-The rows are embedded in K parts, whose activations are not kept. The loss of
-all embeddings gives gradients with respect to these; a second pass over the
-parts takes them on to the weights. This is the gradient of the loss of the
-whole batch, except that BatchNorm's statistics are those of each part.
+The rows are embedded in K parts, whose activations are not kept. The loss of all embeddings gives
+gradients with respect to these; a second pass over the parts takes them on to the weights. This is
+the gradient of the loss of the whole batch, except that BatchNorm's statistics are those of each
+part.
 
 Source: Gao et al., arXiv:2101.06983 (GradCache).
 """
@@ -32,8 +32,7 @@ def gradients(
     """Returns gradients of the loss by group of variables, and the metrics.
 
     Args:
-        embed: from a batch, and whether to use the target network, to its
-            embeddings.
+        embed: from a batch, and whether to use the target network, to its embeddings.
         loss: from a batch and its embeddings to the loss and the metrics.
         batch: rows of this replica.
         groups: variables to differentiate by.
@@ -69,14 +68,12 @@ def gradients(
 def _rows(batch: Any, index: int, count: int, after: Any = ()) -> Any:
     """Returns every `count`-th row of all tensors, from `index` on.
 
-    These are the same images however many replicas there are. They are not
-    computed before `after`: parts in parallel would all be in memory.
+    These are the same images however many replicas there are. They are not computed before `after`:
+    parts in parallel would all be in memory.
     """
     done = [x for x in tf.nest.flatten(after) if x is not None]
     with tf.control_dependencies(done):
-        return tf.nest.map_structure(
-            lambda x: tf.identity(x[index::count]), batch
-        )
+        return tf.nest.map_structure(lambda x: tf.identity(x[index::count]), batch)
 
 
 def _sum(x: tf.Tensor | None, y: tf.Tensor | None) -> tf.Tensor | None:
@@ -99,8 +96,6 @@ def _joined(parts: list[Embedded]) -> Embedded:
     return Embedded(
         joined(part.online for part in parts),
         joined(part.target for part in parts),
-        tf.concat(
-            joined(tf.split(part.features, num_large) for part in parts), 0
-        ),
+        tf.concat(joined(tf.split(part.features, num_large) for part in parts), 0),
         tf.add_n([part.penalty for part in parts]) / len(parts),
     )

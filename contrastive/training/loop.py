@@ -18,8 +18,8 @@ from contrastive.training.pretraining import pretraining_step
 from contrastive.training.state import TrainState
 from contrastive.training.views import Batch, Step, ViewMaker, view_maker
 
-# A call of the compiled loop should take about this long, so that progress
-# is shown and a signal is answered, yet the host rarely delays the devices.
+# A call of the compiled loop should take about this long, so that progress is shown and a signal is
+# answered, yet the host rarely delays the devices.
 _SECONDS_A_CALL = 2.0
 
 
@@ -43,9 +43,7 @@ class HostsDisagree(ValueError):
     """The machines that train together are not in the same state."""
 
 
-def build_step(
-    config: TrainConfig, state: TrainState, make_views: ViewMaker | None = None
-) -> Step:
+def build_step(config: TrainConfig, state: TrainState, make_views: ViewMaker | None = None) -> Step:
     """Returns the step of the run's train mode, to be run on every replica.
 
     `make_views` makes the views of a batch; None: those of the run.
@@ -61,9 +59,7 @@ class CompiledLoop:
         names: names of the metrics, after the first call.
     """
 
-    def __init__(
-        self, strategy: tf.distribute.Strategy, step: Step, jit_compile: bool
-    ) -> None:
+    def __init__(self, strategy: tf.distribute.Strategy, step: Step, jit_compile: bool) -> None:
         self.names: list[str] = []
 
         @tf.autograph.experimental.do_not_convert
@@ -73,18 +69,14 @@ class CompiledLoop:
             return tf.stack([tf.cast(v, tf.float32) for v in metrics.values()])
 
         if jit_compile:
-            replica_step = tf.function(
-                replica_step, jit_compile=True, reduce_retracing=True
-            )
+            replica_step = tf.function(replica_step, jit_compile=True, reduce_retracing=True)
 
         @tf.function
         def loop(iterator: Iterator[Batch], num_steps: tf.Tensor) -> tf.Tensor:
             history = tf.TensorArray(tf.float32, size=num_steps)
             for i in tf.range(num_steps):
                 metrics = strategy.run(replica_step, (next(iterator),))
-                history = history.write(
-                    i, strategy.reduce("MEAN", metrics, axis=None)
-                )
+                history = history.write(i, strategy.reduce("MEAN", metrics, axis=None))
             return history.stack()
 
         self._loop = loop
@@ -112,12 +104,12 @@ def train(
         strategy: where the step runs.
         checkpoints: those of `state`.
         reporter: shows and records the progress.
-        received_signal: returns the number of the signal that asks this
-            machine to save and stop; 0 if there was none.
+        received_signal: returns the number of the signal that asks this machine to save and stop; 0
+            if there was none.
 
     Raises:
-        TrainingDiverged: at the first loss or weight that is not finite; the
-            newest checkpoint is from before.
+        TrainingDiverged: at the first loss or weight that is not finite; the newest checkpoint is
+            from before.
         Interrupted: after saving, if any of the machines received a signal.
         HostsDisagree: if they do not find the same checkpoint.
     """
@@ -132,20 +124,15 @@ def train(
     with contextlib.closing(reporter):
         reporter.start(step)
         if step >= config.train_steps:
-            logging.info(
-                "Already trained: step %d of %d.", step, config.train_steps
-            )
+            logging.info("Already trained: step %d of %d.", step, config.train_steps)
             return
         iterator = iter(make_stream(step))
-        loop = CompiledLoop(
-            strategy, build_step(config, state), config.jit_compile
-        )
+        loop = CompiledLoop(strategy, build_step(config, state), config.jit_compile)
         logging.info("Compiling the step (up to some minutes on a TPU) ...")
         pace = _Pace(config.steps_per_loop)
         saved = time.monotonic()
         while step < config.train_steps:
-            # Machines differ in speed and clocks, and only one may be told to
-            # stop.
+            # Machines differ in speed and clocks, and only one may be told to stop.
             num_steps = min(hosts.numbers(pace.num_steps))
             num_steps = min(num_steps, _steps_to_save(config, step))
             started = time.monotonic()
@@ -226,8 +213,7 @@ def _is_due(config: TrainConfig, step: int, seconds: float) -> bool:
 class _Pace:
     """The number of steps per call, from the time that they took.
 
-    The first call, which compiles, and the second, which warms up, do not
-    count.
+    The first call, which compiles, and the second, which warms up, do not count.
     """
 
     def __init__(self, fixed: int) -> None:

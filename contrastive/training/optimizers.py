@@ -17,10 +17,10 @@ _OBJECTIVE_RATE = 1e-3
 class Optimizers(NamedTuple):
     """One optimizer each for the networks, the classifier and the objective.
 
-    The classifier has its own so that LARS's rules (decay and trust ratio by
-    rank) need no exception by name: SimCLR trains its head without either. The
-    objective's variables, such as a trained temperature, are scalars, for which
-    a learning rate that grows with the batch would be too high: they have Adam.
+    The classifier has its own so that LARS's rules (decay and trust ratio by rank) need no
+    exception by name: SimCLR trains its head without either. The objective's variables, such as a
+    trained temperature, are scalars, for which a learning rate that grows with the batch would be
+    too high: they have Adam.
     """
 
     networks: keras.optimizers.Optimizer
@@ -54,9 +54,7 @@ def build_optimizers(
     """
     schedule = learning_rate_schedule(config)
 
-    sgd = functools.partial(
-        keras.optimizers.SGD, schedule, momentum=config.momentum
-    )
+    sgd = functools.partial(keras.optimizers.SGD, schedule, momentum=config.momentum)
     adam = functools.partial(keras.optimizers.Adam, schedule)
     lars = functools.partial(
         lars_optimizer.LARS,
@@ -73,8 +71,7 @@ def build_optimizers(
     }
     if config.optimizer not in pairs:
         raise ValueError(
-            f"`optimizer` must be one of {', '.join(pairs)}. "
-            f"Received: {config.optimizer!r}."
+            f"`optimizer` must be one of {', '.join(pairs)}. Received: {config.optimizer!r}."
         )
     of_objective = None
     if objective:

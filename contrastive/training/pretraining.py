@@ -21,9 +21,7 @@ from contrastive.training.state import TrainState
 from contrastive.training.views import Batch, Step, ViewMaker
 
 
-def pretraining_step(
-    config: TrainConfig, state: TrainState, make_views: ViewMaker
-) -> Step:
+def pretraining_step(config: TrainConfig, state: TrainState, make_views: ViewMaker) -> Step:
     """Returns the step that minimizes the objective, for every replica.
 
     The step updates the variables of `state`.
@@ -80,9 +78,7 @@ def _loss(
 ) -> tuple[tf.Tensor, Metrics]:
     """Returns the minimized loss and the metrics."""
     gather, classifier = ReplicaGather(), state.networks.classifier
-    value, metrics = config.objective(
-        embedded, _context(config, state, batch, gather)
-    )
+    value, metrics = config.objective(embedded, _context(config, state, batch, gather))
     metrics["contrastive_loss"] = value
     value = embedded.penalty + value
     if config.optimizer != "lars":
@@ -105,8 +101,7 @@ def _forward(
 ) -> Embedded:
     """Returns embeddings of views; without the target's, online ones instead.
 
-    One forward pass per size, so that BatchNorm's statistics cover all views
-    of that size.
+    One forward pass per size, so that BatchNorm's statistics cover all views of that size.
     """
     num_large = config.num_large_views
     large, small = tf.concat(views[:num_large], 0), views[num_large:]
@@ -121,17 +116,13 @@ def _forward(
     return Embedded(online, target, features, tf.zeros([]))
 
 
-def _context(
-    config: TrainConfig, state: TrainState, batch: Batch, gather: Gather
-) -> StepContext:
+def _context(config: TrainConfig, state: TrainState, batch: Batch, gather: Gather) -> StepContext:
     training = state.training
     if training is None:
         raise ValueError("This state was made for fine-tuning.")
 
     def draw(use: int, groups: int, count: int) -> tf.Tensor:
-        keys = data_util.example_keys(
-            config.seed, batch["epoch"], batch["id"], use
-        )
+        keys = data_util.example_keys(config.seed, batch["epoch"], batch["id"], use)
         numbers = tf.reshape(tf.range(groups * count), [groups, 1, count])
         return data_util.uniform(keys[:, tf.newaxis], numbers)
 

@@ -12,8 +12,8 @@ from contrastive.training.optimizers import Optimizers
 class ReplicaGather:
     """The `gather` of the objectives, by the replica context.
 
-    A tensor is gathered once however many objectives and metrics ask for it.
-    The gradient of a gathered row flows back to the replica that owns it.
+    A tensor is gathered once however many objectives and metrics ask for it. The gradient of a
+    gathered row flows back to the replica that owns it.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,6 @@ def apply_gradients(
 
     Variables and their gradients are lists by optimizer, in its order.
     """
-    for optimizer, group, gradient in zip(
-        optimizers, variables, gradients, strict=True
-    ):
+    for optimizer, group, gradient in zip(optimizers, variables, gradients, strict=True):
         if optimizer is not None and group:
             optimizer.apply_gradients(zip(gradient, group, strict=True))

@@ -18,8 +18,8 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         step < w:   peak * step / w
         otherwise:  peak * (1 + cos(pi * (step - w) / (T - w))) / 2
 
-    Source: Loshchilov and Hutter, arXiv:1608.03983; the same as SimCLR's
-    `WarmUpAndCosineDecay` and BYOL's `learning_schedule`.
+    Source: Loshchilov and Hutter, arXiv:1608.03983; the same as SimCLR's `WarmUpAndCosineDecay` and
+    BYOL's `learning_schedule`.
 
     Args:
         peak: learning rate at the end of the warm-up.
@@ -54,9 +54,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         warmup = step / max(self.warmup_steps, 1)
         after = 1.0
         if self.decay:
-            after = _half_cosine(
-                step - self.warmup_steps, self.total_steps - self.warmup_steps
-            )
+            after = _half_cosine(step - self.warmup_steps, self.total_steps - self.warmup_steps)
         return self.peak * ops.where(step < self.warmup_steps, warmup, after)
 
     def get_config(self) -> dict[str, Any]:
@@ -79,12 +77,11 @@ def ema_decay(
 ) -> tf.Tensor:
     """Returns the decay of the target network's average, from `base` to 1.
 
-    `1 - (1 - base) * (1 + cos(pi * step / total_steps)) / 2`; the target is
-    then `decay * target + (1 - decay) * online`.
+    `1 - (1 - base) * (1 + cos(pi * step / total_steps)) / 2`; the target is then `decay * target +
+    (1 - decay) * online`.
 
-    Source: Grill et al. (BYOL), arXiv:2006.07733. `copy_until` and `every`:
-    filipbasara0/relic, train.py, `update_gamma_after_step` and
-    `update_gamma_every_n_steps`.
+    Source: Grill et al. (BYOL), arXiv:2006.07733. `copy_until` and `every`: filipbasara0/relic,
+    train.py, `update_gamma_after_step` and `update_gamma_every_n_steps`.
 
     Args:
         step: integer or integer tensor, counted from 0.

@@ -25,8 +25,7 @@ class TrainState:
     Attributes:
         networks: the networks.
         optimizers: their optimizers, with all their variables.
-        training: facts of the run that the objective receives; None in
-            fine-tuning.
+        training: facts of the run that the objective receives; None in fine-tuning.
         objective_state: of `Objective.build_state`; None if it keeps nothing.
         step: int64 variable, optimizer steps done.
     """
@@ -47,13 +46,13 @@ class TrainState:
     ) -> TrainState:
         """Returns the state at the start of training.
 
-        To be called in the scope of the strategy. Freezes what
-        `fine_tune_after_block` says, statistics included.
+        To be called in the scope of the strategy. Freezes what `fine_tune_after_block` says,
+        statistics included.
 
         Args:
             config: the run.
-            networks: with the weights that training starts from, or with those
-                that `restore` replaces.
+            networks: with the weights that training starts from, or with those that `restore`
+                replaces.
             labelled: see `Training`.
         """
         training, state = None, None
@@ -71,9 +70,7 @@ class TrainState:
             resnet.freeze(networks.encoder, config.fine_tune_after_block)
         if not config.pretrains and config.fine_tune_after_block == 4:
             networks.projection_to_classifier.trainable = False
-        optimizers = build_optimizers(
-            config, *_trained_variables(config, networks, state)
-        )
+        optimizers = build_optimizers(config, *_trained_variables(config, networks, state))
         step = tf.Variable(0, dtype=tf.int64, name="step")
         return cls(
             networks=networks,
@@ -83,9 +80,7 @@ class TrainState:
             step=step,
         )
 
-    def trained_variables(
-        self, config: TrainConfig
-    ) -> dict[str, list[tf.Variable]]:
+    def trained_variables(self, config: TrainConfig) -> dict[str, list[tf.Variable]]:
         """Returns the variables of each of `Optimizers`, by its name."""
         groups = _trained_variables(config, self.networks, self.objective_state)
         return dict(zip(Optimizers._fields, groups, strict=True))

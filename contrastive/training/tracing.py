@@ -14,8 +14,8 @@ from contrastive.training.config import TrainConfig
 from contrastive.training.state import TrainState
 
 STEPS = 5
-# Variables that hardly have a gradient, such as a bias before BatchNorm, move
-# by rounding alone: errors are relative to at least this share of the largest.
+# Variables that hardly have a gradient, such as a bias before BatchNorm, move by rounding alone:
+# errors are relative to at least this share of the largest.
 _FLOOR = 1e-3
 
 Traced = dict[str, np.ndarray]
@@ -90,9 +90,9 @@ def trace(
         steps: number of steps.
 
     Returns:
-        `metrics|STEP|NAME` of each step; `gradient|1|VARIABLE`, of the global
-        loss; and `variable|STEP|VARIABLE`, BatchNorm's statistics included,
-        before the first step, after it and after the last.
+        `metrics|STEP|NAME` of each step; `gradient|1|VARIABLE`, of the global loss; and
+        `variable|STEP|VARIABLE`, BatchNorm's statistics included, before the first step, after it
+        and after the last.
 
     Raises:
         ValueError: if copies of a variable on this machine differ.
@@ -104,17 +104,13 @@ def trace(
             for name, group in groups.items()
             if group
         }
-    state = dataclasses.replace(
-        state, optimizers=state.optimizers._replace(**recorders)
-    )
+    state = dataclasses.replace(state, optimizers=state.optimizers._replace(**recorders))
     variables = {
         f"{name}/{variable.path}": variable
         for name, part in state.layers().items()
         for variable in part.variables
     }
-    compiled = loop.CompiledLoop(
-        strategy, loop.build_step(config, state), config.jit_compile
-    )
+    compiled = loop.CompiledLoop(strategy, loop.build_step(config, state), config.jit_compile)
     iterator, seen = iter(stream), _values(variables, 0)
     for done in range(1, steps + 1):
         metrics = compiled(iterator, 1)[0]
@@ -134,28 +130,23 @@ def _values(variables: dict[str, Any], step: int) -> Traced:
     return {f"variable|{step}|{k}": v.numpy() for k, v in variables.items()}
 
 
-def _check_copies(
-    variables: dict[str, Any], strategy: tf.distribute.Strategy
-) -> None:
+def _check_copies(variables: dict[str, Any], strategy: tf.distribute.Strategy) -> None:
     for name, variable in variables.items():
         first, *others = (
-            copy.numpy()
-            for copy in strategy.experimental_local_results(variable.value)
+            copy.numpy() for copy in strategy.experimental_local_results(variable.value)
         )
         if any(not np.array_equal(first, other) for other in others):
             raise ValueError(f"Replicas hold different copies of {name}.")
 
 
-def agreements(
-    one: Traced, several: Traced, tolerances: tuple[float, float]
-) -> list[Agreement]:
+def agreements(one: Traced, several: Traced, tolerances: tuple[float, float]) -> list[Agreement]:
     """Returns how far two traces agree, by kind.
 
     Args:
         one: of one device, the reference.
         several: of all devices.
-        tolerances: relative errors that are agreement, of what the first step
-            computes, and of the last.
+        tolerances: relative errors that are agreement, of what the first step computes, and of the
+            last.
     """
     last = max(int(key.split("|")[1]) for key in one)
     # By kind and name, the error and what it is relative to.
@@ -196,16 +187,10 @@ def _kind(group: str, step: int, name: str, last: int) -> str | None:
     return None
 
 
-def _agreement(
-    kind: str, sizes: dict[str, tuple[float, float]], tolerance: float
-) -> Agreement:
+def _agreement(kind: str, sizes: dict[str, tuple[float, float]], tolerance: float) -> Agreement:
     floor = _FLOOR * max(size for _, size in sizes.values())
     floor = max(floor, float(np.finfo(np.float32).tiny))
-    errors = {
-        name: error / max(size, floor) for name, (error, size) in sizes.items()
-    }
+    errors = {name: error / max(size, floor) for name, (error, size) in sizes.items()}
     # What is not a number is the worst of all.
-    worst = max(
-        errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf)
-    )
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     return Agreement(kind, len(errors), errors[worst], worst, tolerance)

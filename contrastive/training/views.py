@@ -26,11 +26,10 @@ def make_views(
     """Returns the augmented views of every image.
 
     Args:
-        batch: of `data.train_stream`: `id` int64 `[b]`, `epoch` int32 `[b]`,
-            and `image` uint8 `[b, h, w, c]`, or, where the host has cropped
-            already, `crops`, uint8 `[b, views, s, s, c]` or one `[b, s, s, c]`
-            per view; with images, `mask`, uint8 `[b, h, w]`, if an augmentation
-            has a `mask_probability`.
+        batch: of `data.train_stream`: `id` int64 `[b]`, `epoch` int32 `[b]`, and `image` uint8 `[b,
+            h, w, c]`, or, where the host has cropped already, `crops`, uint8 `[b, views, s, s, c]`
+            or one `[b, s, s, c]` per view; with images, `mask`, uint8 `[b, h, w]`, if an
+            augmentation has a `mask_probability`.
         augmentations: one per view.
         seed: seed of all draws.
         augment: `data_util.augment`, possibly compiled.
@@ -44,9 +43,7 @@ def make_views(
         if "image" in batch:
             images = batch["image"]
             if augmentation.mask_probability:
-                images = masks.remove_background(
-                    images, batch["mask"], keys, augmentation
-                )
+                images = masks.remove_background(images, batch["mask"], keys, augmentation)
         else:
             crops = batch["crops"]
             same_size = not isinstance(crops, tuple)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export of networks for other programs, each format compared with ours.
 
-An export is a directory with the files of each format and `export.json`, which
-describes them and says how far the outputs of each format, computed by its own
-library in a separate process, are from those of the networks.
+An export is a directory with the files of each format and `export.json`, which describes them and
+says how far the outputs of each format, computed by its own library in a separate process, are from
+those of the networks.
 """
 
 import dataclasses
@@ -47,9 +47,8 @@ def write(
 ) -> dict[str, Any]:
     """Writes networks in other formats, and compares each with them.
 
-    A format that cannot express the networks, or whose outputs differ by more
-    than `TOLERANCE`, leaves no file. An earlier export in the directory is
-    deleted.
+    A format that cannot express the networks, or whose outputs differ by more than `TOLERANCE`,
+    leaves no file. An earlier export in the directory is deleted.
 
     Args:
         networks: in float32, without the parts that only pretraining uses.
@@ -59,8 +58,8 @@ def write(
         about: further fields for `export.json`.
 
     Returns:
-        The content of `export.json`. Its "formats" hold by name either
-        "refused", the reason, or "files", "loaded_by" and the differences.
+        The content of `export.json`. Its "formats" hold by name either "refused", the reason, or
+        "files", "loaded_by" and the differences.
 
     Raises:
         ValueError: as `check_formats`.
@@ -215,8 +214,7 @@ def _read(name: str, directory: str, images: np.ndarray) -> verify.Outputs:
         command = [sys.executable, "-P", verify.__file__, name, directory]
         done = subprocess.run(
             [*command, given, out],
-            env=os.environ
-            | {"CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"},
             capture_output=True,
             text=True,
             check=False,
@@ -293,9 +291,8 @@ class _Module(tf.Module):
 
 
 def _write_saved_model(networks: model.Networks, directory: str) -> None:
-    # Source: google-research/simclr, tf2/run.py, `build_saved_model`. Differs
-    # from it: gradients exist after loading, and the list of trainable
-    # variables is not empty then.
+    # Source: google-research/simclr, tf2/run.py, `build_saved_model`. Differs from it: gradients
+    # exist after loading, and the list of trainable variables is not empty then.
     stock = copy_with_keras_layers(networks)
     network = _endpoints(stock)
     images = tf.TensorSpec(network.input.shape, tf.float32, name="images")
@@ -324,9 +321,7 @@ def _write_saved_model(networks: model.Networks, directory: str) -> None:
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
     signatures = {"serving_default": serve}
     tf.saved_model.save(module, path, signatures, options)
-    run_record.write_run(
-        path, {"architecture": dataclasses.asdict(networks.architecture)}
-    )
+    run_record.write_run(path, {"architecture": dataclasses.asdict(networks.architecture)})
 
 
 def _write_keras(networks: model.Networks, directory: str) -> None:
@@ -340,8 +335,7 @@ def _write_keras(networks: model.Networks, directory: str) -> None:
 def _write_onnx(networks: model.Networks, directory: str) -> None:
     if absent := missing(("tf2onnx", "onnx")):
         raise CannotExport(
-            f"{' and '.join(absent)} is not installed: "
-            "pip install -r requirements/export.txt"
+            f"{' and '.join(absent)} is not installed: pip install -r requirements/export.txt"
         )
     import onnx
 

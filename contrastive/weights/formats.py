@@ -9,8 +9,7 @@ from contrastive.config.choices import FORMATS
 LOADED_BY = {
     "saved_model": "tf.saved_model.load('saved_model')",
     "keras": "keras.saving.load_model('encoder.keras')",
-    "torchvision": "model.load_state_dict("
-    "safetensors.torch.load_file('torchvision.safetensors'))",
+    "torchvision": "model.load_state_dict(safetensors.torch.load_file('torchvision.safetensors'))",
     "onnx": "onnxruntime.InferenceSession('model.onnx')",
     "safetensors": "contrastive.load_encoder('networks.safetensors')",
 }
@@ -25,6 +24,5 @@ def check_formats(formats: Sequence[str]) -> None:
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise ValueError(
-            f"Formats are {', '.join(FORMATS)}. "
-            f"Received: {', '.join(unknown) or 'none'}."
+            f"Formats are {', '.join(FORMATS)}. Received: {', '.join(unknown) or 'none'}."
         )

@@ -19,23 +19,20 @@ CARD = "export.json"
 _ARCHITECTURE = "architecture"  # metadata of an export in `.safetensors`
 
 
-def load_encoder(
-    path: str, *, target: bool = False, **architecture: Any
-) -> keras.Model:
+def load_encoder(path: str, *, target: bool = False, **architecture: Any) -> keras.Model:
     """Loads a trained encoder, of this program or another.
 
     Args:
-        path: a run directory or a checkpoint prefix in one; an exported
-            `saved_model`, `networks.safetensors` or `encoder.keras`; or a file
-            that `read_published` reads.
+        path: a run directory or a checkpoint prefix in one; an exported `saved_model`,
+            `networks.safetensors` or `encoder.keras`; or a file that `read_published` reads.
         target: whether to load the moving average of the encoder.
-        **architecture: fields of `model.Architecture` that replace those in
-            the directory's `run.json` or those inferred from another program's
-            file. A checkpoint without `run.json` needs all of them.
+        **architecture: fields of `model.Architecture` that replace those in the directory's
+            `run.json` or those inferred from another program's file. A checkpoint without
+            `run.json` needs all of them.
 
     Returns:
-        keras.Model from float32 images `[N, H, W, C]` in [0, 1] to float32
-        features `[N, D]`; the normalisation of images is inside.
+        keras.Model from float32 images `[N, H, W, C]` in [0, 1] to float32 features `[N, D]`; the
+        normalisation of images is inside.
 
     Raises:
         ValueError: if there is no checkpoint, or it does not fit.
@@ -46,13 +43,8 @@ def load_encoder(
         return model.encoder_of_images(_build(found))
     run = run_record.read_run(path)
     if run is None and not architecture:
-        raise ValueError(
-            f"There is no {run_record.RUN_FILE} beside "
-            f"{latest_checkpoint(path)!r}."
-        )
-    fields = model.Architecture.from_record(
-        run["architecture"] if run else {}, **architecture
-    )
+        raise ValueError(f"There is no {run_record.RUN_FILE} beside {latest_checkpoint(path)!r}.")
+    fields = model.Architecture.from_record(run["architecture"] if run else {}, **architecture)
     networks = model.build_networks(fields.without_pretraining())
     name = "target_encoder" if target else "encoder"
     restore_networks(path, **{name: networks.encoder})
@@ -63,9 +55,9 @@ def load_classifier(path: str) -> tuple[keras.Model, tuple[str, ...]]:
     """Loads a trained classifier with its encoder; `path` as `load_networks`.
 
     Returns:
-        keras.Model from float32 images `[N, H, W, C]` in [0, 1] to float32
-        probabilities `[N, num_classes]`, and the names of the classes. The
-        normalisation of images is inside the model.
+        keras.Model from float32 images `[N, H, W, C]` in [0, 1] to float32 probabilities `[N,
+        num_classes]`, and the names of the classes. The normalisation of images is inside the
+        model.
 
     Raises:
         ValueError: if there is nothing to read, or no classifier in it.
@@ -90,10 +82,10 @@ def load_networks(path: str, *, target: bool = False) -> model.Networks:
     """Loads an encoder and its heads, without the parts of pretraining.
 
     Args:
-        path: as the argument of `load_encoder`, except `encoder.keras`. Only
-            the encoder is read from files of other programs.
-        target: whether to load the moving averages. The classifier is left
-            out then, because it was trained on the online features.
+        path: as the argument of `load_encoder`, except `encoder.keras`. Only the encoder is read
+            from files of other programs.
+        target: whether to load the moving averages. The classifier is left out then, because it was
+            trained on the online features.
 
     Raises:
         ValueError: if there is nothing to read, or it does not fit.
@@ -116,9 +108,7 @@ def load_networks(path: str, *, target: bool = False) -> model.Networks:
     return networks
 
 
-def restore_pretrained(
-    path: str, networks: model.Networks, *, target: bool = False
-) -> None:
+def restore_pretrained(path: str, networks: model.Networks, *, target: bool = False) -> None:
     """Restores the encoder, and the projection head if the file has one.
 
     The arguments `path` and `target` are those of `load_networks`.
@@ -150,10 +140,9 @@ def read_published(
 ) -> published.Published | None:
     """Reads the encoder in a file of another program.
 
-    These are pickles of DeepMind's programs, files of torch, `.safetensors`,
-    TensorFlow checkpoints and SavedModels, see `published.identify`; also
-    exports of this program in `.safetensors`. The arguments are those of
-    `load_encoder`. Returns None if `path` is of a run of this program.
+    These are pickles of DeepMind's programs, files of torch, `.safetensors`, TensorFlow checkpoints
+    and SavedModels, see `published.identify`; also exports of this program in `.safetensors`. The
+    arguments are those of `load_encoder`. Returns None if `path` is of a run of this program.
 
     Raises:
         ValueError: if the file cannot be read, or holds no known encoder.
@@ -221,10 +210,7 @@ def _networks_of_export(file: tensor_files.TensorFile) -> model.Networks:
         tensor = file.tensors.get(name)
         if tensor is None or tensor.shape != variable.shape:
             there = "none" if tensor is None else tensor.shape
-            raise ValueError(
-                f"{name} is {variable.shape} in the networks, {there} in the "
-                "file."
-            )
+            raise ValueError(f"{name} is {variable.shape} in the networks, {there} in the file.")
         variable.assign(tensor)
     return networks
 

@@ -21,8 +21,8 @@ from contrastive.weights.families import (
     torchvision,
 )
 
-# In this order, each looks for its encoder among the tensors of a file. The
-# second argument says whether the target network is meant.
+# In this order, each looks for its encoder among the tensors of a file. The second argument says
+# whether the target network is meant.
 FAMILIES: tuple[Callable[[Tensors, bool], Found | None], ...] = (
     haiku.find,
     torchvision.find,
@@ -52,8 +52,8 @@ class Published:
     The fields are those of `families.Found`.
 
     Raises:
-        ValueError: if an encoder of the architecture has variables of other
-            names or shapes than the weights.
+        ValueError: if an encoder of the architecture has variables of other names or shapes than
+            the weights.
     """
 
     source: str
@@ -84,26 +84,21 @@ class Published:
         shapes = {v.path: v.shape for v in encoder.variables}
         own = {path: array.shape for path, array in self.weights.items()}
         problems = [
-            f"{path}: {own.get(path, 'none')} in the file, "
-            f"{shapes.get(path, 'none')} here"
+            f"{path}: {own.get(path, 'none')} in the file, {shapes.get(path, 'none')} here"
             for path in sorted({*shapes, *own})
             if own.get(path) != shapes.get(path)
         ]
         if problems:
             raise ValueError(
-                f"{len(problems)} tensors of {self.source} do not fit:"
-                + _first(problems, "...")
+                f"{len(problems)} tensors of {self.source} do not fit:" + _first(problems, "...")
             )
 
 
-def identify(
-    tensors: Tensors, *, target: bool = False, **architecture: Any
-) -> Published:
+def identify(tensors: Tensors, *, target: bool = False, **architecture: Any) -> Published:
     """Finds the encoder among named tensors.
 
-    `FAMILIES` are DeepMind's haiku networks (BYOL, ReLICv2, SemPPL), ResNets
-    with torchvision's names (also timm's and relic-pytorch's), and those of
-    SimCLR and RPC.
+    `FAMILIES` are DeepMind's haiku networks (BYOL, ReLICv2, SemPPL), ResNets with torchvision's
+    names (also timm's and relic-pytorch's), and those of SimCLR and RPC.
 
     Args:
         tensors: by their names in a file; nested names are joined by "/".
@@ -111,8 +106,8 @@ def identify(
         **architecture: fields of `model.Architecture` that replace those found.
 
     Raises:
-        ValueError: if there is no known encoder, or its tensors and our
-            variables do not match; the message lists the tensors.
+        ValueError: if there is no known encoder, or its tensors and our variables do not match; the
+            message lists the tensors.
     """
     families = (find(tensors, target) for find in FAMILIES)
     found = next(filter(None, families), None)
@@ -125,8 +120,7 @@ def identify(
         raise ValueError(
             f"Tensors of {found.source} have no place in this program's "
             "networks. (SemPPL's selective kernels are not read: no published "
-            "code says what their tensors do.)"
-            + _listing(found.unplaced, tensors)
+            "code says what their tensors do.)" + _listing(found.unplaced, tensors)
         )
     record = _infer_architecture(found.weights) | found.conventions
     return Published(
@@ -137,13 +131,11 @@ def identify(
     )
 
 
-def of_export(
-    tensors: Tensors, record: Mapping[str, Any], **architecture: Any
-) -> Published:
+def of_export(tensors: Tensors, record: Mapping[str, Any], **architecture: Any) -> Published:
     """Returns the encoder in an export of this program.
 
-    The tensors are named `NETWORK/PATH`. `record` is the architecture that was
-    exported, and `architecture` are fields that replace those of the record.
+    The tensors are named `NETWORK/PATH`. `record` is the architecture that was exported, and
+    `architecture` are fields that replace those of the record.
 
     Raises:
         ValueError: if the tensors do not have that architecture.
@@ -152,9 +144,7 @@ def of_export(
     own = [name for name in tensors if name.startswith("encoder/")]
     return Published(
         source="this program",
-        architecture=model.Architecture.from_record(
-            record, **fields
-        ).without_pretraining(),
+        architecture=model.Architecture.from_record(record, **fields).without_pretraining(),
         weights={n.removeprefix("encoder/"): tensors[n] for n in own},
         unread=tuple(name for name in tensors if name not in own),
     )

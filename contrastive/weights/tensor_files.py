@@ -21,8 +21,7 @@ from contrastive.training import checkpoints
 from contrastive.weights import unpickling
 
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
-# The encoder of SimCLR's TensorFlow 2 code, and the objects in it that lead to
-# its variables.
+# The encoder of SimCLR's TensorFlow 2 code, and the objects in it that lead to its variables.
 _SIMCLR_ENCODER = "resnet_model"
 _SIMCLR_OBJECTS = re.compile(
     r"\d+|initial_conv_relu_max_pool|block_groups|layers|conv2d_bn_layers"
@@ -42,9 +41,8 @@ class TensorFile(NamedTuple):
 def read(path: str) -> TensorFile | None:
     """Reads the tensors in a file; the last file that was read is cached.
 
-    The path may also be the prefix or the directory of a TensorFlow checkpoint
-    or SavedModel. Returns None for a run of this program, a `.keras` file, and
-    if there is no checkpoint.
+    The path may also be the prefix or the directory of a TensorFlow checkpoint or SavedModel.
+    Returns None for a run of this program, a `.keras` file, and if there is no checkpoint.
 
     Raises:
         ValueError: if the file cannot be read.
@@ -72,8 +70,8 @@ def _stamp(path: str) -> tuple[int, int]:
     return status.length, status.mtime_nsec
 
 
-# Published weights are read for their architecture and again for their values,
-# from the cache unless the stamp, which is the file's, has changed.
+# Published weights are read for their architecture and again for their values, from the cache
+# unless the stamp, which is the file's, has changed.
 @functools.lru_cache(maxsize=1)
 def _read(path: str, stamp: tuple[int, int]) -> TensorFile | None:
     if tf.io.gfile.exists(f"{path}.index"):
@@ -127,9 +125,9 @@ def _read_checkpoint(prefix: str) -> TensorFile | None:
 
 def _simclr_variables(serialized: bytes) -> Iterator[tuple[str, str]]:
     """Yields the place and the key of each variable of a SimCLR encoder."""
-    # The keys in a SavedModel come from a list of all variables, so only the
-    # graph of objects shows the place of a variable. A variable below the
-    # encoder that is not in an object of SimCLR has its key as its place.
+    # The keys in a SavedModel come from a list of all variables, so only the graph of objects shows
+    # the place of a variable. A variable below the encoder that is not in an object of SimCLR has
+    # its key as its place.
     nodes = TrackableObjectGraph.FromString(serialized).nodes
     for encoder in {
         child.node_id

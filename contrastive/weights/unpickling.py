@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading of pickles and torch files as data; nothing in them is executed.
 
-A pickle is a program that may call any function. It is interpreted here by a
-machine that knows containers, numbers, text and a short list of names, and
-refuses every other name and opcode. Each name stands for a function of this
-module, so jax, haiku, dill and torch are not needed. Memory stays within a
-small multiple of the size of the file, whatever sizes the file declares.
+A pickle is a program that may call any function. It is interpreted here by a machine that knows
+containers, numbers, text and a short list of names, and refuses every other name and opcode. Each
+name stands for a function of this module, so jax, haiku, dill and torch are not needed. Memory
+stays within a small multiple of the size of the file, whatever sizes the file declares.
 """
 
 import contextlib
@@ -60,14 +59,12 @@ def read_pickle(path: str) -> dict[str, np.ndarray]:
     """Returns the arrays in a local pickle, such as DeepMind's checkpoints.
 
     Returns:
-        The arrays by their place: the keys of the dictionaries, the fields of
-        the named tuples and the positions in lists around them, joined by "/".
-        jax arrays are numpy arrays. Memory belongs to the pickle: copy to
-        write.
+        The arrays by their place: the keys of the dictionaries, the fields of the named tuples and
+        the positions in lists around them, joined by "/". jax arrays are numpy arrays. Memory
+        belongs to the pickle: copy to write.
 
     Raises:
-        ValueError: if the pickle holds or names anything but data, or is
-            damaged.
+        ValueError: if the pickle holds or names anything but data, or is damaged.
         OSError: if there is no such file.
     """
     with _opened(path) as stream:
@@ -133,9 +130,7 @@ def _opened(path: str) -> Iterator[Any]:
     except ValueError as error:
         raise ValueError(f"Cannot read {path}: {error}") from error
     except Exception as error:
-        raise ValueError(
-            f"Cannot read {path}: it is damaged ({error!r:.200})."
-        ) from error
+        raise ValueError(f"Cannot read {path}: it is damaged ({error!r:.200}).") from error
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
@@ -243,8 +238,8 @@ def _tensor(
     return _Array(view(storage[offset:], sizes, steps, writeable=False))
 
 
-# `collections.OrderedDict` and records must be empty or not copied: a copy of
-# an object in the memo could be asked for again and again.
+# `collections.OrderedDict` and records must be empty or not copied: a copy of an object in the memo
+# could be asked for again and again.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "builtins.bytes": lambda: b"",
     "numpy.dtype": _dtype,
@@ -252,8 +247,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "numpy.multiarray.scalar": lambda dtype, content: _Array(
         np.frombuffer(content, dtype.value, 1).reshape(())
     ),
-    "numpy.numeric._frombuffer": lambda content, dtype, shape, order: (
-        _Array().fill((1, shape, dtype, order == "F", content))
+    "numpy.numeric._frombuffer": lambda content, dtype, shape, order: _Array().fill(
+        (1, shape, dtype, order == "F", content)
     ),
     "dill._create_array": _rebuilt,
     "jax._reconstruct_array": _rebuilt,
@@ -326,9 +321,7 @@ class _Machine:
             "BINPERSID": self._storage,
         }
         self._actions = {
-            opcode: action
-            for opcodes, action in actions.items()
-            for opcode in opcodes.split()
+            opcode: action for opcodes, action in actions.items() for opcode in opcodes.split()
         }
 
     def run(self, stream: Any) -> Any:
@@ -400,9 +393,7 @@ class _Machine:
             raise ValueError("it refers to what is outside of it.")
         numbers = self._load_storage(dtype.name, key)
         if count != len(numbers):
-            raise ValueError(
-                f"storage {key!r:.20} has {len(numbers)} numbers, not {count}."
-            )
+            raise ValueError(f"storage {key!r:.20} has {len(numbers)} numbers, not {count}.")
         self._push(numbers)
 
     def _spend(self, size: int) -> None:

@@ -3,8 +3,8 @@
 
     python verify.py FORMAT DIRECTORY IMAGES.npy OUTPUTS.npz
 
-Each function imports only the library of its format. `export.py` compares the
-outputs with those of the networks that were exported.
+Each function imports only the library of its format. `export.py` compares the outputs with those of
+the networks that were exported.
 """
 
 import json
@@ -61,9 +61,7 @@ def read_onnx(directory: str, images: np.ndarray) -> Outputs:
     import onnxruntime
 
     path = os.path.join(directory, ONNX_FILE)
-    session = onnxruntime.InferenceSession(
-        path, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     session.run(names, {"images": images[:1]})
     return dict(zip(names, session.run(names, {"images": images}), strict=True))

@@ -77,9 +77,7 @@ def test_report_of_recomputation_says_that_headroom_is_gone():
 
 def test_report_of_a_step_that_does_not_fit_has_advice():
     error = "RESOURCE_EXHAUSTED: 16.07G exceeds 15.75G.\n\nA page of traces."
-    text = check_tpu.report(
-        _findings(Compiled(error=error), advice=("--remat: less",))
-    )
+    text = check_tpu.report(_findings(Compiled(error=error), advice=("--remat: less",)))
     assert "compiles       no\n" in text
     assert "16.07G exceeds 15.75G." in text
     assert "traces" not in text
@@ -152,9 +150,7 @@ def test_check_with_find_batch_finds_the_largest(monkeypatch):
     assert findings.largest is None
 
 
-def test_check_of_a_step_that_is_not_lowered_reports_the_error(
-    tmp_path, monkeypatch
-):
+def test_check_of_a_step_that_is_not_lowered_reports_the_error(tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("No registered 'Eig' OpKernel\n\nA graph.")
 
@@ -208,9 +204,7 @@ def test_check_of_a_step_beyond_the_memory_gives_advice(tmp_path):
     )
     assert findings.compiled.out_of_memory
     text = check_tpu.report(findings)
-    assert "exceeds available HBM (15.75G)" in text.replace(
-        "\n" + " " * 15, " "
-    )
+    assert "exceeds available HBM (15.75G)" in text.replace("\n" + " " * 15, " ")
     for advice in ("--mixed_precision", "--remat", "--accumulate_steps=2"):
         assert advice in text
 
@@ -221,8 +215,7 @@ def test_check_of_a_step_beyond_the_memory_gives_advice(tmp_path):
 def test_check_of_every_objective_compiles(objective, tmp_path):
     # The default head of some has more weights than this encoder.
     findings = check(
-        f"--objective={objective} --train_batch_size=32 --proj_hidden_dim=32 "
-        "--tpu_topology=v4-8",
+        f"--objective={objective} --train_batch_size=32 --proj_hidden_dim=32 --tpu_topology=v4-8",
         tmp_path,
     )
     assert findings.compiled.fits, findings.compiled.error

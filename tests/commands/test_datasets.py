@@ -22,10 +22,7 @@ def _eval_data(dataset, eval_split=None):
 
 def _write_archive(path, **labels):
     """Writes 12 images for each array of labels, `labels` or `labels_test`."""
-    images = {
-        key.replace("labels", "images"): np.zeros((12, 4, 4, 3), np.uint8)
-        for key in labels
-    }
+    images = {key.replace("labels", "images"): np.zeros((12, 4, 4, 3), np.uint8) for key in labels}
     np.savez(path, **images, **labels)
     return path
 
@@ -39,8 +36,7 @@ def test_eval_data_is_validation_where_there_is_no_test(tmp_path, log):
     root = write_pictures(tmp_path, ["train/a/0.png", "val/a/1.png"])
     assert _eval_data(root).split == "validation"
     assert log[-1] == (
-        f"Evaluating on split 'validation' of {root}; there is no 'test' among "
-        "train, validation."
+        f"Evaluating on split 'validation' of {root}; there is no 'test' among train, validation."
     )
 
 

@@ -38,9 +38,7 @@ def evaluated(monkeypatch):
     """Steps that were evaluated; nothing is computed, and polls are fast."""
     steps = []
     monkeypatch.setattr(evaluate, "_SECONDS_BETWEEN_POLLS", 0.01)
-    monkeypatch.setattr(
-        session, "evaluate", lambda *arguments: steps.append(arguments[3])
-    )
+    monkeypatch.setattr(session, "evaluate", lambda *arguments: steps.append(arguments[3]))
     return steps
 
 
@@ -58,13 +56,9 @@ def write_checkpoint(monkeypatch):
 
     def write(directory, step):
         for name in ("index", "data-00000-of-00001"):
-            shutil.copy(
-                directory / f"ckpt-2.{name}", directory / f"ckpt-{step}.{name}"
-            )
+            shutil.copy(directory / f"ckpt-2.{name}", directory / f"ckpt-{step}.{name}")
         state = (directory / "checkpoint").read_text()
-        (directory / "checkpoint").write_text(
-            state.replace("ckpt-2", f"ckpt-{step}")
-        )
+        (directory / "checkpoint").write_text(state.replace("ckpt-2", f"ckpt-{step}"))
 
     return write
 
@@ -81,9 +75,7 @@ def test_eval_of_a_run_that_never_starts_ends_after_the_timeout(
 ):
     words = ["--mode=eval", f"--model_dir={tmp_path}"]
     assert program.main(*words, "--eval_timeout_minutes=0.001") == 75
-    assert f"Waiting for a trainer to write run.json in {tmp_path}" in (
-        caplog.text
-    )
+    assert f"Waiting for a trainer to write run.json in {tmp_path}" in (caplog.text)
     assert "No trainer wrote run.json" in capsys.readouterr().err
     assert not evaluated
 
@@ -149,8 +141,6 @@ def test_eval_of_a_run_that_is_deleted_meanwhile_ends(
 ):
     directory = tmp_path / "run"
     shutil.copytree(half_trained, directory)
-    monkeypatch.setattr(
-        session, "evaluate", lambda *_: shutil.rmtree(directory)
-    )
+    monkeypatch.setattr(session, "evaluate", lambda *_: shutil.rmtree(directory))
     assert program.main("--mode=eval", f"--model_dir={directory}") == 75
     assert "is gone" in capsys.readouterr().err

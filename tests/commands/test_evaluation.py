@@ -110,9 +110,7 @@ def test_a_run_goes_on_as_it_began(linear, pretrained, words, message, capsys):
     assert (linear / "run.json").read_bytes() == before
 
 
-def test_checkpoints_are_saved_on_a_time_interval(
-    pretrained, tmp_path, monkeypatch
-):
+def test_checkpoints_are_saved_on_a_time_interval(pretrained, tmp_path, monkeypatch):
     now = [0.0]
 
     def monotonic():
@@ -137,9 +135,7 @@ def test_checkpoints_are_saved_on_a_time_interval(
     assert steps == {2, 4, 6, 7}
 
 
-def test_a_sweep_is_decided_on_held_out_training_images(
-    pretrained, tmp_path, monkeypatch
-):
+def test_a_sweep_is_decided_on_held_out_training_images(pretrained, tmp_path, monkeypatch):
     trained, seen = [], []
     create_state, evaluate = train.create_state, session.evaluate
 
@@ -179,9 +175,7 @@ def test_a_sweep_is_decided_on_held_out_training_images(
     assert record["sources"]["learning_rate"] == "sweep"
     # The same again takes up what is there.
     result = (tmp_path / "result.json").read_text()
-    monkeypatch.setattr(
-        loop.CompiledLoop, "__call__", lambda *_: pytest.fail("trained")
-    )
+    monkeypatch.setattr(loop.CompiledLoop, "__call__", lambda *_: pytest.fail("trained"))
     assert program.main(*words) == 0
     assert (tmp_path / "result.json").read_text() == result
 
@@ -207,9 +201,7 @@ def test_a_rate_that_diverges_is_not_chosen(pretrained, tmp_path, monkeypatch):
     assert found["chosen"]["learning_rate"] == 0.1
 
 
-def test_probe_prints_a_table_and_writes_all_numbers(
-    pretrained, tmp_path, capsys
-):
+def test_probe_prints_a_table_and_writes_all_numbers(pretrained, tmp_path, capsys):
     words = [
         "--mode=probe",
         f"--checkpoint={pretrained}",
@@ -279,9 +271,7 @@ def test_embed_writes_the_features_of_a_folder(pretrained, folder, tmp_path):
         assert np.std(found["embedding"], axis=0).max() > 0
 
 
-def test_predict_names_the_classes_of_the_head(
-    pretrained, linear, folder, tmp_path, capsys
-):
+def test_predict_names_the_classes_of_the_head(pretrained, linear, folder, tmp_path, capsys):
     code = program.main(
         "--mode=predict",
         f"--checkpoint={linear}",
@@ -330,22 +320,16 @@ def test_predict_names_the_classes_of_the_head(
         ),
     ],
 )
-def test_bad_input_is_one_line(
-    pretrained, words, message, tmp_path, capsys, monkeypatch
-):
+def test_bad_input_is_one_line(pretrained, words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        loop, "train", lambda *_: pytest.fail("training started")
-    )
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("training started"))
     assert program.main(f"--checkpoint={pretrained}", *words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: ")
     assert message in error
 
 
-def test_without_a_classifier_there_is_no_prediction(
-    pretrained, tmp_path, capsys
-):
+def test_without_a_classifier_there_is_no_prediction(pretrained, tmp_path, capsys):
     shutil.copytree(pretrained, tmp_path / "run")
     record = json.loads((pretrained / "run.json").read_text())
     record["architecture"]["num_classes"] = 0

@@ -11,9 +11,7 @@ from tests.support.replica_run import architecture
 
 
 def test_export_reports_written_and_refused_formats(tmp_path, capsys):
-    networks = model.build_networks(
-        dataclasses.replace(architecture("simclr"), channels=1)
-    )
+    networks = model.build_networks(dataclasses.replace(architecture("simclr"), channels=1))
     path = tmp_path / "networks.safetensors"
     loading.save_tensors(networks, str(path))
     command = (

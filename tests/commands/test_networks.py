@@ -46,9 +46,7 @@ def test_architecture_of_relic_without_target_equals_the_paper():
 def test_objective_state_has_a_temperature_where_it_is_trained():
     cases = {"simclr": False, "byol": False, "relicv2": True, "semppl": True}
     for objective, expected in cases.items():
-        resolved = _completed(
-            f"--objective={objective}", "--learnable_temperature"
-        )
+        resolved = _completed(f"--objective={objective}", "--learnable_temperature")
         state = resolved.objective().build_state(_TRAINING)
         trained = getattr(state, "temperature", state)
         assert isinstance(trained, TrainedTemperature) == expected
@@ -82,12 +80,8 @@ def test_build_networks_on_tpu_equals_weights_of_cpu(monkeypatch):
             "--objective=byol",
         )
         run = train.open_run(session.open_session(resolved))
-        built = networks.build_networks(
-            run.resolved, run.architecture, run.session.strategy
-        )
-        return {
-            name: part.get_weights() for name, part in built.models().items()
-        }
+        built = networks.build_networks(run.resolved, run.architecture, run.session.strategy)
+        return {name: part.get_weights() for name, part in built.models().items()}
 
     expected, build = weights(), model.build_networks
 

@@ -38,9 +38,7 @@ def _stream_error():
     def report(_):
         raise dataset_lib.UndecodableImages("Of 9 images, 9 did not decode.")
 
-    dataset = tf.data.Dataset.range(1).map(
-        lambda i: tf.numpy_function(report, [i], tf.int64)
-    )
+    dataset = tf.data.Dataset.range(1).map(lambda i: tf.numpy_function(report, [i], tf.int64))
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         next(iter(dataset))
     return raised.value
@@ -192,9 +190,7 @@ def test_main_error_in_the_work_ends_with_its_code_and_one_paragraph(
         ),
     ],
 )
-def test_main_error_before_the_work_ends_with_its_code(
-    error, strategy, code, monkeypatch
-):
+def test_main_error_before_the_work_ends_with_its_code(error, strategy, code, monkeypatch):
     def prepare():
         raise error
 
@@ -245,9 +241,7 @@ def _png_with_damaged_pixels(path, size):
     path.write_bytes(data)
 
 
-def test_main_with_many_undecodable_images_ends_with_their_number(
-    tmp_path, capsys
-):
+def test_main_with_many_undecodable_images_ends_with_their_number(tmp_path, capsys):
     """More than 1 % of them, which shows only while they are read."""
     for index in range(24):
         path = tmp_path / "images" / f"{index}.png"
@@ -273,9 +267,7 @@ def test_main_with_many_undecodable_images_ends_with_their_number(
 
 
 @pytest.mark.parametrize("objective", ["simclr", "relic"])
-def test_main_with_a_batch_of_one_image_ends_before_training(
-    objective, tmp_path, capsys
-):
+def test_main_with_a_batch_of_one_image_ends_before_training(objective, tmp_path, capsys):
     words = [*_SMALL, f"--objective={objective}", f"--model_dir={tmp_path}"]
     assert program.main(*words, "--train_batch_size=1") == 2
     assert "--train_batch_size must be at least 2" in capsys.readouterr().err

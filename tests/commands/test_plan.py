@@ -20,9 +20,7 @@ def _lines(text):
     return dict(line.split(":", 1) for line in text.splitlines())
 
 
-def test_plan_of_data_and_a_slice_that_are_not_here_has_their_numbers(
-    tmp_path, capsys
-):
+def test_plan_of_data_and_a_slice_that_are_not_here_has_their_numbers(tmp_path, capsys):
     plan = _plan(
         capsys,
         "--preset=relicv2_300",
@@ -32,10 +30,7 @@ def test_plan_of_data_and_a_slice_that_are_not_here_has_their_numbers(
         "--accumulate_steps=2",
         f"--model_dir={tmp_path / 'run'}",
     )
-    assert (
-        "relicv2, ResNet-50 x1, imagenet2012 train, 1,281,167 images"
-        in (plan["training"])
-    )
+    assert "relicv2, ResNet-50 x1, imagenet2012 train, 1,281,167 images" in (plan["training"])
     assert plan["devices"].strip() == "v4-128, 64 replicas"
     # 300 * 1,281,167 / 4096, and 10 epochs of it.
     assert "93,836, of them 3,127 of warm-up; 300 epochs" in plan["steps"]
@@ -87,24 +82,16 @@ def test_plan_of_missing_devices_lists_numbers_of_cores(strategy, capsys):
         f"--strategy={strategy}",
     )
     assert plan["devices"].strip() == f"{strategy}, as many cores as there are"
-    assert (
-        "48 with 2, 24 with 4, 12 with 8, 6 with 16, 3 with 32"
-        in (plan["batch"])
-    )
+    assert "48 with 2, 24 with 4, 12 with 8, 6 with 16, 3 with 32" in (plan["batch"])
 
 
 def test_plan_rejects_modes_that_do_not_train(tmp_path, capsys):
     words = ["--dry_run", "--mode=probe", f"--checkpoint={tmp_path}"]
     assert program.main(*words) == 2
-    assert (
-        "--dry_run plans a training, not --mode=probe"
-        in capsys.readouterr().err
-    )
+    assert "--dry_run plans a training, not --mode=probe" in capsys.readouterr().err
 
 
-def test_plan_of_a_checkpoint_that_cannot_be_reached_has_all_else(
-    capsys, monkeypatch
-):
+def test_plan_of_a_checkpoint_that_cannot_be_reached_has_all_else(capsys, monkeypatch):
     """As the second stage of a recipe where there is no network."""
 
     def stat(_):
@@ -129,9 +116,7 @@ def test_plan_of_a_checkpoint_that_cannot_be_reached_has_all_else(
 
 
 def _bytes(variables):
-    return sum(
-        math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables
-    )
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +130,7 @@ def _bytes(variables):
         "--objective=semppl --learnable_temperature --optimizer=momentum",
         "--objective=siglip --target_network=false",
         "--train_mode=finetune --checkpoint=none --fine_tune_after_block=2",
-        "--train_mode=finetune --checkpoint=none --ft_proj_selector=1 "
-        "--optimizer=lars",
+        "--train_mode=finetune --checkpoint=none --ft_proj_selector=1 --optimizer=lars",
     ],
 )
 def test_state_bytes_equal_the_built_state(words, tmp_path):

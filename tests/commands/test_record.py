@@ -24,9 +24,7 @@ def now():
 
 
 def test_compare_run_of_older_version_is_accepted(now):
-    older = {
-        k: v for k, v in now.items() if k not in ("shortcuts", "base_filters")
-    }
+    older = {k: v for k, v in now.items() if k not in ("shortcuts", "base_filters")}
     record._compare("runs/x", _run(older), _run(now), True)
     other = older | {"padding": "same"}
     with pytest.raises(ValueError, match="padding: same there"):

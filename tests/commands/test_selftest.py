@@ -57,8 +57,8 @@ def test_selftest_of_a_failing_process_prints_one_line(capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
-    # At SigLIP's initial bias, the gradients of so few images cancel: what is
-    # left of some is rounding. `test_replicas.py` covers it.
+    # At SigLIP's initial bias, the gradients of so few images cancel: what is left of some is
+    # rounding. `test_replicas.py` covers it.
     [name for name in objective_lib.OBJECTIVES if name != "siglip"],
 )
 def test_selftest_of_every_objective_prints_agreement(objective, capfd):

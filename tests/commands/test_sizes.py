@@ -88,9 +88,7 @@ def test_network_sizes_of_keras_backbone_are_none():
 @pytest.mark.parametrize("train_mode", ["pretrain", "finetune"])
 @pytest.mark.parametrize("after_block", [-1, 0, 2, 4])
 @pytest.mark.parametrize("selector", [0, 1, -1])
-def test_trained_numbers_equal_trained_variables(
-    train_mode, after_block, selector
-):
+def test_trained_numbers_equal_trained_variables(train_mode, after_block, selector):
     fields = _BYOL | {"ft_proj_selector": selector, "preactivation": True}
     architecture = _architecture(**fields, padding="same")
     networks = model.build_networks(architecture)
@@ -117,16 +115,11 @@ def test_trained_numbers_equal_trained_variables(
 def test_optimizer_numbers_equal_built_optimizers(optimizer, momentum):
     architecture = _architecture()
     networks = model.build_networks(architecture)
-    config = dataclasses.replace(
-        replica_run.config("simclr", optimizer), momentum=momentum
-    )
+    config = dataclasses.replace(replica_run.config("simclr", optimizer), momentum=momentum)
     built = TrainState.create(config, networks).optimizers
     kinds = (optimizer, "momentum" if optimizer == "lars" else optimizer)
     trained = sizes.trained_numbers(architecture)
     for made, kind, count in zip(built[:2], kinds, trained, strict=True):
-        num_bytes = sum(
-            math.prod(v.shape) * tf.as_dtype(v.dtype).size
-            for v in made.variables
-        )
+        num_bytes = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in made.variables)
         found = sizes.optimizer_numbers(kind, count, momentum=momentum)
         assert 4 * found == num_bytes

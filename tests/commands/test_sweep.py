@@ -48,9 +48,7 @@ def test_sweep_after_a_signal_starts_no_other_trial(tmp_path, monkeypatch):
 
 
 def _check_sweep_is_refused(message, directory, flag, capsys, monkeypatch):
-    monkeypatch.setattr(
-        loop, "train", lambda *_: pytest.fail("training started")
-    )
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("training started"))
     words = ["--train_mode=finetune", "--checkpoint=none", *_SMALL[:-1]]
     assert program.main(*words, f"--model_dir={directory}", flag) == 2
     assert message in capsys.readouterr().err
@@ -68,9 +66,7 @@ def test_sweep_in_the_directory_of_another_run_is_refused_before_training(
     )
 
 
-def test_sweep_of_negative_epochs_is_refused_before_training(
-    tmp_path, capsys, monkeypatch
-):
+def test_sweep_of_negative_epochs_is_refused_before_training(tmp_path, capsys, monkeypatch):
     _check_sweep_is_refused(
         "--sweep_train_epochs=1,-5: must be at least 0.",
         tmp_path,

@@ -22,9 +22,7 @@ _SMALL = [
 ]
 
 
-def test_main_after_a_divergence_has_recorded_the_steps_before_it(
-    tmp_path, capsys, caplog
-):
+def test_main_after_a_divergence_has_recorded_the_steps_before_it(tmp_path, capsys, caplog):
     code = program.main(
         f"--model_dir={tmp_path}",
         *_SMALL,

@@ -9,8 +9,8 @@ from contrastive.config import schema
 from tests.support import command_lines, program
 from tests.support.command_lines import FLAGS, TABLES
 
-# Flags beside which others gain or lose their effect. Those that are refused
-# or idle under an objective are left out there.
+# Flags beside which others gain or lose their effect. Those that are refused or idle under an
+# objective are left out there.
 _SURROUNDINGS = {
     "alone": {},
     "many views": {
@@ -99,19 +99,13 @@ def _problem(name, given, before):
     value = command_lines.sample(name, before)
     try:
         resolved, after = command_lines.completed({**given, name: value})
-        is_same = command_lines.received(after) == command_lines.received(
-            before
-        )
+        is_same = command_lines.received(after) == command_lines.received(before)
         if is_same is False and _must_change_the_loop(name, given["mode"]):
-            is_same = command_lines.trained(after) == command_lines.trained(
-                before
-            )
+            is_same = command_lines.trained(after) == command_lines.trained(before)
     except ValueError:
         return None  # It is refused.
     lines = [
-        line
-        for line in resolved.without_effect
-        if line.startswith(f"--{name} has no effect: ")
+        line for line in resolved.without_effect if line.startswith(f"--{name} has no effect: ")
     ]
     if len(lines) > 1:
         return f"--{name}={value} is named {len(lines)} times"
@@ -122,18 +116,12 @@ def _problem(name, given, before):
     return None
 
 
-@pytest.mark.parametrize(
-    ("mode", "task", "surroundings"), _CASES, ids=lambda x: x or "any"
-)
+@pytest.mark.parametrize(("mode", "task", "surroundings"), _CASES, ids=lambda x: x or "any")
 def test_flag_has_an_effect_or_is_named_or_is_refused(mode, task, surroundings):
-    given = _surrounded(
-        command_lines.base(mode, task), _SURROUNDINGS[surroundings]
-    )
+    given = _surrounded(command_lines.base(mode, task), _SURROUNDINGS[surroundings])
     resolved, before = command_lines.completed(given)
     assert not resolved.without_effect
-    problems = [
-        _problem(name, given, before) for name in FLAGS if name not in given
-    ]
+    problems = [_problem(name, given, before) for name in FLAGS if name not in given]
     assert list(filter(None, problems)) == []
 
 
@@ -144,13 +132,9 @@ def test_preset_in_a_mode_that_does_not_train_changes_nothing():
             if command_lines.reads_objective(mode):
                 continue
             _, before = command_lines.completed(given)
-            resolved, after = command_lines.completed(
-                {**given, "preset": preset}
-            )
+            resolved, after = command_lines.completed({**given, "preset": preset})
             assert len(resolved.without_effect) == 1
-            assert command_lines.received(after) == command_lines.received(
-                before
-            )
+            assert command_lines.received(after) == command_lines.received(before)
 
 
 def _help(*words, capsys):
@@ -171,9 +155,7 @@ def test_help_shows_every_flag_once(capsys):
 @functools.cache
 def _values(mode, task, surroundings):
     """Returns flags of a command line, and their completed values."""
-    given = _surrounded(
-        command_lines.base(mode, task), _SURROUNDINGS[surroundings]
-    )
+    given = _surrounded(command_lines.base(mode, task), _SURROUNDINGS[surroundings])
     return given, command_lines.completed(given)[1]
 
 

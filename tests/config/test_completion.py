@@ -20,9 +20,7 @@ def _completed(*words):
 def _views(*words):
     """Returns views of 32 and 16 pixels, as a preset has them."""
     resolved = program.resolve(*words)
-    return make_views(
-        resolved.replace("test", image_size=32, small_image_size=16)
-    )
+    return make_views(resolved.replace("test", image_size=32, small_image_size=16))
 
 
 def test_views_alternate_and_only_large_ones_lose_their_background():

@@ -44,8 +44,8 @@ _LINEAR_EVALUATION = [
     --checkpoint=$CHKPT_DIR --use_tpu=True --tpu_name=$TPU_NAME
     --train_summary_steps=0""",
 ]
-# Of RPC's gpu_pretrain_finetune_cifar.sh, tpu_pretrain_finetune_resnet50.sh
-# and tpu_pretrain_finetune_resnet128.sh, with their variables filled in.
+# Of RPC's gpu_pretrain_finetune_cifar.sh, tpu_pretrain_finetune_resnet50.sh and
+# tpu_pretrain_finetune_resnet128.sh, with their variables filled in.
 _RPC_SCRIPTS = [
     """run.py --train_mode=pretrain --train_batch_size=512 --train_epochs=100
     --temperature=128 --learning_rate=1.0 --learning_rate_scaling=linear
@@ -107,9 +107,7 @@ def _parse(command):
     return program.resolve(*_words(command))
 
 
-@pytest.mark.parametrize(
-    "command", _SIMCLR_README + _LINEAR_EVALUATION + _RPC_SCRIPTS
-)
+@pytest.mark.parametrize("command", _SIMCLR_README + _LINEAR_EVALUATION + _RPC_SCRIPTS)
 def test_command_lines_of_earlier_programs_mean_the_same(command, monkeypatch):
     warnings = []
     monkeypatch.setattr(run.logging, "warning", warnings.append)

@@ -170,14 +170,10 @@ def test_relic_pytorch_presets_equal_its_options():
 def test_preset_of_pretraining_in_fine_tuning_has_no_effect(monkeypatch):
     warnings = []
     monkeypatch.setattr(run.logging, "warning", warnings.append)
-    resolved = _parse(
-        "run.py --train_mode=finetune --checkpoint=none --preset=relicv2_300"
-    )
+    resolved = _parse("run.py --train_mode=finetune --checkpoint=none --preset=relicv2_300")
     assert resolved["weight_decay"] == 0
     assert resolved["train_batch_size"] == 512
-    assert warnings == [
-        "--preset has no effect: it applies only in pretraining."
-    ]
+    assert warnings == ["--preset has no effect: it applies only in pretraining."]
 
 
 def test_preset_of_evaluation_implies_fine_tuning(tmp_path, monkeypatch):
@@ -185,9 +181,7 @@ def test_preset_of_evaluation_implies_fine_tuning(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(run.logging, "warning", warnings.append)
     for preset, values in recipes.EVALUATION.items():
-        resolved = _parse(
-            f"run.py --preset={preset} --checkpoint={tmp_path} --momentum=0.8"
-        )
+        resolved = _parse(f"run.py --preset={preset} --checkpoint={tmp_path} --momentum=0.8")
         for name, value in values.items():
             if name != "momentum":
                 assert resolved[name] == value, (preset, name)
@@ -196,10 +190,7 @@ def test_preset_of_evaluation_implies_fine_tuning(tmp_path, monkeypatch):
         assert resolved["momentum"] == 0.8
     assert not warnings
     with pytest.raises(ValueError, match="train_mode=finetune"):
-        _parse(
-            "run.py --preset=linear_eval_byol --checkpoint=none "
-            "--train_mode=pretrain"
-        )
+        _parse("run.py --preset=linear_eval_byol --checkpoint=none --train_mode=pretrain")
 
 
 @pytest.mark.parametrize(
@@ -213,8 +204,6 @@ def test_preset_of_evaluation_implies_fine_tuning(tmp_path, monkeypatch):
     ],
 )
 def test_sweep_of_preset_given_value_is_removed(flag, rates, epochs):
-    resolved = _parse(
-        f"run.py --preset=semi_supervised_byol_1pct --checkpoint=none {flag}"
-    )
+    resolved = _parse(f"run.py --preset=semi_supervised_byol_1pct --checkpoint=none {flag}")
     assert resolved["sweep_learning_rate"] == rates
     assert resolved["sweep_train_epochs"] == epochs

@@ -60,9 +60,7 @@ def test_resolve_checkpoint_none_is_training_from_scratch(capsys):
 def test_resolve_fine_tuning_takes_the_architecture_of_the_checkpoint(tmp_path):
     before = {"resnet_depth": 34, "sk_ratio": 0.0625, "learning_rate": 9.0}
     run_record.write_run(str(tmp_path), {"flags": before})
-    resolved = _parse(
-        f"run.py --train_mode=finetune --checkpoint={tmp_path} --sk_ratio=0"
-    )
+    resolved = _parse(f"run.py --train_mode=finetune --checkpoint={tmp_path} --sk_ratio=0")
     assert resolved["resnet_depth"] == 34
     assert resolved.origins["resnet_depth"] == "its run"
     assert resolved["sk_ratio"] == 0
@@ -103,8 +101,7 @@ def test_resolve_flag_of_another_objective_is_named(monkeypatch):
     monkeypatch.setattr(run.logging, "warning", warnings.append)
     _parse("run.py --objective=simclr --alpha=1")
     assert warnings == [
-        "--alpha has no effect: it applies only to --objective=rpc or relic or "
-        "siglip."
+        "--alpha has no effect: it applies only to --objective=rpc or relic or siglip."
     ]
 
 

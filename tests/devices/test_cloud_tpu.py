@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Cloud TPU API says becomes a wait or one line.
 
-A local server speaks the API's JSON; the client is the real one, with a user's
-credentials and Google's discovery document in small.
+A local server speaks the API's JSON; the client is the real one, with a user's credentials and
+Google's discovery document in small.
 """
 
 import http.server
@@ -223,9 +223,7 @@ def test_find_outside_google_cloud_without_a_zone_raises(monkeypatch):
 def test_main_tpu_that_is_not_ready_prints_one_line(
     api, answer, line, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        strategies, "_tpu_strategy", lambda *_: pytest.fail("it connected")
-    )
+    monkeypatch.setattr(strategies, "_tpu_strategy", lambda *_: pytest.fail("it connected"))
     api.answers = [answer]
     code = program.main(
         "--dataset=photo_patches",

@@ -45,9 +45,7 @@ def test_batch_spec_equals_that_of_the_stream(tmp_path):
         (encoded, (view, view)),
         (encoded, (view, view, small)),
     ]:
-        stream = data.train_stream(
-            dataset, batch_size=4, num_replicas=2, seed=0, views=views
-        )
+        stream = data.train_stream(dataset, batch_size=4, num_replicas=2, seed=0, views=views)
         assert lowering.batch_spec(dataset, 2, views) == stream.element_spec
 
 
@@ -60,8 +58,8 @@ def _execute(step, batch, folder):
         folder: to work in.
 
     Returns:
-        Array `[4, m]`, each replica's metrics; the variables; and, as arrays
-        `[4, ...]`, what the step makes of them.
+        Array `[4, m]`, each replica's metrics; the variables; and, as arrays `[4, ...]`, what the
+        step makes of them.
     """
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
     spec = {
@@ -124,9 +122,7 @@ def test_replica_program_collectives_equal_sums_and_gathers(tmp_path):
 @tpu_steps.needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["simclr", "semppl"])
-def test_replica_program_of_four_replicas_equals_one_device(
-    objective, tmp_path
-):
+def test_replica_program_of_four_replicas_equals_one_device(objective, tmp_path):
     """Metrics are equal, and every variable after a step."""
     check = tpu_steps.open_step(
         f"--objective={objective} --train_batch_size=16 "
@@ -137,9 +133,7 @@ def test_replica_program_of_four_replicas_equals_one_device(
     strategy = check.session.strategy
     resolved = complete(check.session.resolved, check.dataset)
     config = make_config(resolved, check.dataset, 1)
-    built = networks.build_networks(
-        resolved, networks.make_architecture(resolved, 10), strategy
-    )
+    built = networks.build_networks(resolved, networks.make_architecture(resolved, 10), strategy)
     with strategy.scope():
         state = TrainState.create(config, built)
     step = loop.build_step(config, state)

@@ -78,9 +78,7 @@ def test_choose_strategy_auto_one_worker_is_one_device(monkeypatch):
         ("mirrored", None, "there are 1. To try it on a CPU"),
     ],
 )
-def test_choose_strategy_missing_devices_raise(
-    wanted, config, message, monkeypatch
-):
+def test_choose_strategy_missing_devices_raise(wanted, config, message, monkeypatch):
     if config:
         monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(ValueError, match=message):

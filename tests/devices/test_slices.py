@@ -22,9 +22,7 @@ from contrastive.devices import tpu_compilation
         ("v2-512", "v2", "16x16", 512),
     ],
 )
-def test_find_slice_by_rented_name_or_topology_finds_it(
-    name, chip, topology, replicas
-):
+def test_find_slice_by_rented_name_or_topology_finds_it(name, chip, topology, replicas):
     found = tpu_compilation.find_slice(name)
     assert (found.chip.name, found.topology) == (chip, topology)
     assert found.num_replicas == replicas
@@ -37,16 +35,12 @@ def test_find_slice_by_every_name_of_a_slice_finds_it():
         for topology in chip.topologies.split():
             known = tpu_compilation.Slice(chip, topology)
             assert tpu_compilation.find_slice(known.name) == known
-            assert (
-                tpu_compilation.find_slice(f"{chip.name}:{topology}") == known
-            )
+            assert tpu_compilation.find_slice(f"{chip.name}:{topology}") == known
             names.append(known.name)
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "v5e", "v5litepod-12", "v5e:32x32", "v4:4x4", "v4-4", "v9-8"]
-)
+@pytest.mark.parametrize("name", ["", "v5e", "v5litepod-12", "v5e:32x32", "v4:4x4", "v4-4", "v9-8"])
 def test_find_slice_unknown_name_raises_with_all_slices(name):
     with pytest.raises(ValueError, match="v5litepod-32 \\(4x8\\)") as error:
         tpu_compilation.find_slice(name)

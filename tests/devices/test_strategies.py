@@ -50,17 +50,13 @@ _NO_KERNEL = (
         ),
     ],
 )
-def test_make_strategy_tpu_does_not_start_raises_one_line(
-    name, has_chip, error, line, monkeypatch
-):
+def test_make_strategy_tpu_does_not_start_raises_one_line(name, has_chip, error, line, monkeypatch):
     monkeypatch.setattr(strategies, "has_tpu_chip", lambda: has_chip)
 
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(
-        tf.distribute.cluster_resolver, "TPUClusterResolver", fail
-    )
+    monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", fail)
     with pytest.raises(ValueError, match="TPU") as raised:
         strategies.make_strategy("tpu", tpu_name=name)
     assert line in str(raised.value)

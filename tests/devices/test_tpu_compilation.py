@@ -12,20 +12,14 @@ from tests.support import processes, tpu_steps
 
 def test_roofline_of_a_chip_of_two_cores_is_of_one_replica():
     (v3,) = (chip for chip in tpu_compilation.CHIPS if chip.name == "v3")
-    step = dataclasses.replace(
-        tpu_steps.COMPILED, flops=123e12, bytes_accessed=450e9
-    )
+    step = dataclasses.replace(tpu_steps.COMPILED, flops=123e12, bytes_accessed=450e9)
     # A replica is one of the two cores of a v3 chip.
     assert tpu_compilation.roofline(step, v3) == pytest.approx((2.0, 1.0))
 
 
 def test_recomputation_of_a_larger_batch_ignores_the_loss_growth():
-    small = dataclasses.replace(
-        tpu_steps.COMPILED, flops=95.0, written_flops=100.0
-    )
-    large = dataclasses.replace(
-        tpu_steps.COMPILED, flops=1140.0, written_flops=1000.0
-    )
+    small = dataclasses.replace(tpu_steps.COMPILED, flops=95.0, written_flops=100.0)
+    large = dataclasses.replace(tpu_steps.COMPILED, flops=1140.0, written_flops=1000.0)
     assert tpu_compilation.recomputation(large, small) == pytest.approx(0.2)
 
 
@@ -34,9 +28,7 @@ def test_compile_for_aborting_compiler_returns_a_crash(tmp_path, monkeypatch):
     script.write_text("import os, sys\nsys.stderr.write('F0000 check\\n')\n"
                       "sys.stderr.flush()\nos.abort()\n")  # fmt: skip
     monkeypatch.setattr(tpu_compiler, "__file__", str(script))
-    compiled = tpu_compilation.compile_for(
-        tpu_compilation.find_slice("v5e:2x2"), b""
-    )
+    compiled = tpu_compilation.compile_for(tpu_compilation.find_slice("v5e:2x2"), b"")
     assert not compiled.fits
     assert compiled.crashed
     assert "SIGABRT" in compiled.error

@@ -58,14 +58,10 @@ def test_batch_norm_training_equals_formula(shape, mode):
     if mode != "eager":
         call = tf.function(call, jit_compile=mode == "xla")
     outputs = call(x)
-    expected, mean, variance = _batch_norm(
-        x, layer.gamma.numpy(), layer.beta.numpy()
-    )
+    expected, mean, variance = _batch_norm(x, layer.gamma.numpy(), layer.beta.numpy())
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(layer.moving_mean, 0.3 * mean, rtol=1e-5)
-    np.testing.assert_allclose(
-        layer.moving_variance, 0.7 + 0.3 * variance, rtol=1e-5
-    )
+    np.testing.assert_allclose(layer.moving_variance, 0.7 + 0.3 * variance, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["graph", "xla"])
@@ -77,9 +73,7 @@ def test_batch_norm_large_mean_keeps_precision(mode):
     call = tf.function(layer, jit_compile=mode == "xla")
     expected, mean, _ = _batch_norm(x, layer.gamma.numpy(), layer.beta.numpy())
     np.testing.assert_allclose(call(x, training=True), expected, atol=1e-3)
-    np.testing.assert_allclose(
-        layer.moving_mean, 0.9 * 1001 + 0.1 * mean, rtol=1e-6
-    )
+    np.testing.assert_allclose(layer.moving_mean, 0.9 * 1001 + 0.1 * mean, rtol=1e-6)
 
 
 def test_batch_norm_gradient_includes_statistics():
@@ -176,14 +170,12 @@ def _replica_inputs():
 def _run_replicas(num_replicas):
     """Returns outputs, gradients and moving statistics of one step, by name.
 
-    Per replica arrays are concatenated, moving statistics stacked, and
-    gradients of the weights summed, as an optimizer does.
+    Per replica arrays are concatenated, moving statistics stacked, and gradients of the weights
+    summed, as an optimizer does.
     """
     strategy = tf.distribute.get_strategy()
     if num_replicas > 1:
-        strategy = tf.distribute.MirroredStrategy(
-            [f"CPU:{i}" for i in range(num_replicas)]
-        )
+        strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
     results = {}
     for synchronized in (True, False):
         for name, x in _replica_inputs().items():
@@ -196,8 +188,7 @@ def _run_replicas(num_replicas):
             values = step(*_shards(strategy, x))
             statistics = [layer.moving_mean.value, layer.moving_variance.value]
             y, dx, dgamma, dbeta, mean, variance = (
-                strategy.experimental_local_results(value)
-                for value in (*values, *statistics)
+                strategy.experimental_local_results(value) for value in (*values, *statistics)
             )
             results |= {
                 f"{name}_{synchronized}_{key}": value
@@ -218,9 +209,7 @@ def _shards(strategy, x):
     return [
         strategy.experimental_distribute_values_from_function(
             lambda context, array=array: tf.constant(
-                np.split(array, context.num_replicas_in_sync)[
-                    context.replica_id_in_sync_group
-                ]
+                np.split(array, context.num_replicas_in_sync)[context.replica_id_in_sync_group]
             )
         )
         for array in (x, np.random.default_rng(2).normal(size=x.shape))
@@ -258,39 +247,27 @@ def test_batch_norm_replicas_equal_one_device(replicas, number, name):
     keys = [key for key in replicas[1] if key.startswith(f"{name}_True")]
     assert len(keys) == 6
     for key in keys:
-        expected = np.broadcast_to(
-            replicas[1][key], replicas[number][key].shape
-        )
+        expected = np.broadcast_to(replicas[1][key], replicas[number][key].shape)
         np.testing.assert_allclose(
             replicas[number][key], expected, rtol=1e-5, atol=1e-5, err_msg=key
         )
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_batch_norm_unsynchronized_replicas_average_moving_statistics(
-    replicas, number
-):
+def test_batch_norm_unsynchronized_replicas_average_moving_statistics(replicas, number):
     x = _replica_inputs()["rank4"]
     layer = _layer(x)
     parts = [
-        _batch_norm(part, layer.gamma.numpy(), layer.beta.numpy())
-        for part in np.split(x, number)
+        _batch_norm(part, layer.gamma.numpy(), layer.beta.numpy()) for part in np.split(x, number)
     ]
     outputs, means, variances = zip(*parts, strict=True)
-    result = {
-        key.removeprefix("rank4_False_"): value
-        for key, value in replicas[number].items()
-    }
-    np.testing.assert_allclose(
-        result["outputs"], np.concatenate(outputs), rtol=1e-5, atol=1e-5
-    )
+    result = {key.removeprefix("rank4_False_"): value for key, value in replicas[number].items()}
+    np.testing.assert_allclose(result["outputs"], np.concatenate(outputs), rtol=1e-5, atol=1e-5)
     for key, expected in (
         ("moving_mean", 0.1 * np.mean(means, axis=0)),
         ("moving_variance", 0.9 + 0.1 * np.mean(variances, axis=0)),
     ):
-        np.testing.assert_array_equal(
-            result[key], result[key][:1].repeat(number, 0)
-        )
+        np.testing.assert_array_equal(result[key], result[key][:1].repeat(number, 0))
         np.testing.assert_allclose(result[key][0], expected, rtol=1e-5)
 
 
@@ -298,9 +275,7 @@ def test_batch_norm_unsynchronized_replicas_average_moving_statistics(
 def test_batch_norm_replicas_large_mean_keep_precision(replicas, number):
     x = _replica_inputs()["large"]
     layer = _layer(x)
-    outputs, mean, variance = _batch_norm(
-        x, layer.gamma.numpy(), layer.beta.numpy()
-    )
+    outputs, mean, variance = _batch_norm(x, layer.gamma.numpy(), layer.beta.numpy())
     for key, expected, tolerance in (
         # Without the shift by the moving mean the error is about 0.1.
         ("outputs", outputs, 1e-3),
@@ -308,9 +283,7 @@ def test_batch_norm_replicas_large_mean_keep_precision(replicas, number):
         ("moving_variance", 0.9 + 0.1 * variance, 1e-4),
     ):
         actual = replicas[number][f"large_True_{key}"]
-        np.testing.assert_allclose(
-            actual, np.broadcast_to(expected, actual.shape), atol=tolerance
-        )
+        np.testing.assert_allclose(actual, np.broadcast_to(expected, actual.shape), atol=tolerance)
 
 
 if __name__ == "__main__":

@@ -50,12 +50,8 @@ def _projection(head, x, training):
         ("nonlinear", 3, [FEATURES, FEATURES, FEATURES, 4]),
     ],
 )
-def test_projection_head_equals_formula_of_simclr(
-    mode, num_layers, widths, training
-):
-    head = heads.projection_head(
-        mode, input_dim=FEATURES, out_dim=4, num_layers=num_layers
-    )
+def test_projection_head_equals_formula_of_simclr(mode, num_layers, widths, training):
+    head = heads.projection_head(mode, input_dim=FEATURES, out_dim=4, num_layers=num_layers)
     _randomize(head)
     x = _features()
     expected = _projection(head, x, training)
@@ -88,9 +84,7 @@ def test_projection_head_has_weights_of_reference():
 
 
 def test_projection_head_batch_norm_arguments_reach_every_layer():
-    head = heads.projection_head(
-        input_dim=FEATURES, global_bn=False, batch_norm_momentum=0.8
-    )
+    head = heads.projection_head(input_dim=FEATURES, global_bn=False, batch_norm_momentum=0.8)
     norms = [x for x in head.layers if isinstance(x, GlobalBatchNorm)]
     assert [(x.momentum, x.synchronized, x.center) for x in norms] == [
         (0.8, False, True),
@@ -120,22 +114,15 @@ def test_classifier_head_is_linear():
 
 
 def test_classifier_head_zero_init_logits_are_zero():
-    head = heads.classifier_head(
-        input_dim=FEATURES, num_classes=3, zero_init=True
-    )
+    head = heads.classifier_head(input_dim=FEATURES, num_classes=3, zero_init=True)
     np.testing.assert_array_equal(head(_features()), np.zeros((16, 3)))
 
 
 def test_heads_mixed_precision_outputs_are_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        built = [
-            heads.projection_head(mode, input_dim=FEATURES)
-            for mode in choices.SIMCLR_MODES
-        ]
-        mlp = heads.mlp_head(
-            input_dim=FEATURES, hidden_dims=(4,), out_dim=2, norm="all"
-        )
+        built = [heads.projection_head(mode, input_dim=FEATURES) for mode in choices.SIMCLR_MODES]
+        mlp = heads.mlp_head(input_dim=FEATURES, hidden_dims=(4,), out_dim=2, norm="all")
         classifier = heads.classifier_head(input_dim=FEATURES, num_classes=2)
     finally:
         keras.config.set_dtype_policy("float32")
@@ -159,9 +146,7 @@ def test_projection_head_argument_out_of_range_raises(arguments, message):
     [("none", 0, 0), ("hidden", 2, 2), ("all", 3, 0)],
 )
 def test_mlp_head_has_layers_of_its_norm(norm, norms, biases):
-    head = heads.mlp_head(
-        input_dim=FEATURES, hidden_dims=(5, 7), out_dim=3, norm=norm
-    )
+    head = heads.mlp_head(input_dim=FEATURES, hidden_dims=(5, 7), out_dim=3, norm=norm)
     names = [v.name for v in head.weights]
     assert names.count("gamma") == norms
     assert names.count("bias") == biases

@@ -51,10 +51,7 @@ def _images(number=4, size=96, channels=3):
 def _randomize(encoder):
     rng = np.random.default_rng(1)
     encoder.set_weights(
-        [
-            (w * rng.uniform(0.8, 1.2, w.shape)).astype("float32")
-            for w in encoder.get_weights()
-        ]
+        [(w * rng.uniform(0.8, 1.2, w.shape)).astype("float32") for w in encoder.get_weights()]
     )
 
 
@@ -63,9 +60,7 @@ def test_keras_backbone_inference_equals_model_of_keras(name):
     encoder = keras_backbones.keras_backbone(name)
     _randomize(encoder)
     build = getattr(keras.applications, names.KERAS_ENCODERS[name])
-    expected = build(
-        include_top=False, weights=None, input_shape=(96, 96, 3), pooling="avg"
-    )
+    expected = build(include_top=False, weights=None, input_shape=(96, 96, 3), pooling="avg")
     images = _images()
     expected = _without_preprocessing(expected)
     expected.set_weights(encoder.get_weights())
@@ -88,9 +83,7 @@ def _without_preprocessing(network):
 
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_keras_backbone_is_deterministic_with_global_batch_norm(name):
-    encoder = keras_backbones.keras_backbone(
-        name, global_bn=False, batch_norm_momentum=0.7
-    )
+    encoder = keras_backbones.keras_backbone(name, global_bn=False, batch_norm_momentum=0.7)
     kinds = {type(layer).__name__ for layer in encoder.layers}
     assert not kinds & {
         "BatchNormalization",
@@ -164,9 +157,7 @@ def test_keras_backbone_mixed_precision_features_are_float32():
 def test_keras_backbone_differentiable_twice_pools_in_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        encoder = keras_backbones.keras_backbone(
-            "vgg16", differentiable_twice=True
-        )
+        encoder = keras_backbones.keras_backbone("vgg16", differentiable_twice=True)
     finally:
         keras.config.set_dtype_policy("float32")
     pools = [
@@ -191,15 +182,10 @@ def test_freeze_keras_backbone_training_changes_all_or_nothing(after_block):
     resnet.freeze(encoder, after_block)
     before = encoder.get_weights()
     variables = encoder.trainable_variables
-    for variable, gradient in zip(
-        variables, _step(encoder, _images()), strict=True
-    ):
+    for variable, gradient in zip(variables, _step(encoder, _images()), strict=True):
         assert np.isfinite(gradient).all(), variable.path
         variable.assign_sub(1e-3 * gradient + 1e-5)
-    changed = [
-        not np.array_equal(a, b)
-        for a, b in zip(before, encoder.get_weights(), strict=True)
-    ]
+    changed = [not np.array_equal(a, b) for a, b in zip(before, encoder.get_weights(), strict=True)]
     assert set(changed) == {after_block == -1}
 
 
@@ -210,9 +196,7 @@ def _run_replicas(num_replicas):
     """Computes gradients and moving statistics of one step, by path."""
     strategy = tf.distribute.get_strategy()
     if num_replicas > 1:
-        strategy = tf.distribute.MirroredStrategy(
-            [f"CPU:{i}" for i in range(num_replicas)]
-        )
+        strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
     keras.utils.set_random_seed(0)
     with strategy.scope():
         encoder = keras_backbones.keras_backbone("mobilenet_v3_small")
@@ -220,20 +204,12 @@ def _run_replicas(num_replicas):
     shards = strategy.experimental_distribute_values_from_function(
         lambda context: tf.constant(parts[context.replica_id_in_sync_group])
     )
-    gradients = tf.function(
-        lambda images: strategy.run(_step, (encoder, images))
-    )(shards)
+    gradients = tf.function(lambda images: strategy.run(_step, (encoder, images)))(shards)
     results = {
-        variable.path: np.sum(
-            strategy.experimental_local_results(gradient), axis=0
-        )
-        for variable, gradient in zip(
-            encoder.trainable_variables, gradients, strict=True
-        )
+        variable.path: np.sum(strategy.experimental_local_results(gradient), axis=0)
+        for variable, gradient in zip(encoder.trainable_variables, gradients, strict=True)
     }
-    return results | {
-        v.path: v.numpy() for v in encoder.non_trainable_variables
-    }
+    return results | {v.path: v.numpy() for v in encoder.non_trainable_variables}
 
 
 def test_keras_backbone_two_replicas_equal_one(tmp_path):
@@ -242,16 +218,10 @@ def test_keras_backbone_two_replicas_equal_one(tmp_path):
     expected, found = _run_replicas(1), np.load(path)
     assert set(found) == set(expected)
     # Gradients of parameters before a BatchNorm may be zero but for rounding.
-    scale = max(
-        np.abs(value).max()
-        for name, value in expected.items()
-        if "moving" not in name
-    )
+    scale = max(np.abs(value).max() for name, value in expected.items() if "moving" not in name)
     for name, value in expected.items():
         atol = 1e-6 if "moving" in name else 1e-5 * scale
-        np.testing.assert_allclose(
-            found[name], value, rtol=1e-3, atol=atol, err_msg=name
-        )
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=atol, err_msg=name)
 
 
 if __name__ == "__main__":

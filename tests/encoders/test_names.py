@@ -14,9 +14,7 @@ from tests.support import processes
 
 def test_keras_encoders_are_backbones_of_installed_keras():
     backbones = {
-        name
-        for name, value in vars(keras.applications).items()
-        if inspect.isfunction(value)
+        name for name, value in vars(keras.applications).items() if inspect.isfunction(value)
     }
     # NASNet's graph depends on the size of the images.
     backbones -= {"NASNetLarge", "NASNetMobile"}

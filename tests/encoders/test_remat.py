@@ -60,9 +60,7 @@ def test_rematerialized_traced_four_times_updates_statistics_once_each():
         encoder = _encoder()
         call = remat.rematerialized(encoder) if is_rematerialized else encoder
         step = tf.function(
-            lambda images, call=call, encoder=encoder: _gradients(
-                encoder, call, images
-            )
+            lambda images, call=call, encoder=encoder: _gradients(encoder, call, images)
         )
         results = []
         for size in (8, 12, 16, 20, 8):  # four traces, and one of them again

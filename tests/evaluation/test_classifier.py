@@ -18,9 +18,7 @@ def test_evaluate_does_not_count_images_without_a_label():
     source = dataset.source
 
     def measure(labels):
-        changed = dataclasses.replace(
-            dataset, source=data.Arrays(source.images, labels)
-        )
+        changed = dataclasses.replace(dataset, source=data.Arrays(source.images, labels))
         stream = data.eval_stream(changed, batch_size=16)
         strategy = tf.distribute.get_strategy()
         return classifier.evaluate(networks, stream, 32, strategy, None)

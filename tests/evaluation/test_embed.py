@@ -82,9 +82,7 @@ def test_embeddings_as_parquet(images, outputs, tmp_path):
     found = pyarrow.parquet.read_table(path).to_pydict()
     assert found["name"] == _READABLE
     assert found["class"] == ["cat", "cat", "dog", "dog", "zebra"]
-    np.testing.assert_array_equal(
-        np.array(found["embedding"], np.float32), outputs.values
-    )
+    np.testing.assert_array_equal(np.array(found["embedding"], np.float32), outputs.values)
 
 
 def test_an_image_that_fails_later_is_missing_and_named(images, outputs):
@@ -130,9 +128,7 @@ def test_predictions_as_csv(images, outputs, tmp_path, capsys):
 
 def test_predictions_as_npz(images, outputs, tmp_path):
     path = str(tmp_path / "p.npz")
-    features.write_predictions(
-        path, images, _probabilities(outputs), ["a", "b", "c"], 9
-    )
+    features.write_predictions(path, images, _probabilities(outputs), ["a", "b", "c"], 9)
     with np.load(path) as found:
         assert found["class"][0].tolist() == [1, 2, 0]
         np.testing.assert_allclose(found["probability"].sum(1), 1, atol=1e-6)
@@ -143,9 +139,7 @@ def test_predictions_as_npz(images, outputs, tmp_path):
 def test_a_file_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\.npz or \.parquet"):
         features.check_output("e.csv", features.EMBEDDING_FORMATS)
-    features.check_output(
-        str(tmp_path / "new/e.npz"), features.EMBEDDING_FORMATS
-    )
+    features.check_output(str(tmp_path / "new/e.npz"), features.EMBEDDING_FORMATS)
     assert (tmp_path / "new").is_dir()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install"):

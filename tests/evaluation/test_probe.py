@@ -13,9 +13,7 @@ from sklearn.preprocessing import StandardScaler
 import data
 from contrastive.evaluation import features, probe
 
-_OPTIONS = probe.Options(
-    knn_k=3, knn_temperature=0.2, label_budgets=("2", "50%"), seeds=2
-)
+_OPTIONS = probe.Options(knn_k=3, knn_temperature=0.2, label_budgets=("2", "50%"), seeds=2)
 
 
 def _blobs(count, spread=4.0, classes=3):
@@ -37,9 +35,9 @@ def _dataset(folder, split, count):
 
 def _encoder(seed=0):
     images = keras.Input((None, None, 3))
-    x = keras.layers.Conv2D(
-        6, 3, 2, kernel_initializer=keras.initializers.GlorotNormal(seed)
-    )(images)
+    x = keras.layers.Conv2D(6, 3, 2, kernel_initializer=keras.initializers.GlorotNormal(seed))(
+        images
+    )
     return keras.Model(images, keras.layers.GlobalAveragePooling2D()(x))
 
 
@@ -63,19 +61,14 @@ def _plain_script(train, test):
         c = 0.1
         if len(rows) >= 60:
             grid = [0.0001, 0.001, 0.01, 0.1, 1.0]
-            scores = [
-                fit(rest, c).score(scaled[held_out], y[held_out]) for c in grid
-            ]
+            scores = [fit(rest, c).score(scaled[held_out], y[held_out]) for c in grid]
             c = grid[int(np.argmax(scores))]
         return fit(rows, c).predict(scaled_test), c
 
     def draw(seed, count_of):
         order = np.random.default_rng(seed).permutation(len(y))
         return np.concatenate(
-            [
-                [i for i in order if y[i] == c][: count_of(np.sum(y == c))]
-                for c in range(3)
-            ]
+            [[i for i in order if y[i] == c][: count_of(np.sum(y == c))] for c in range(3)]
         )
 
     votes = np.zeros((len(x_test), 3))
@@ -90,10 +83,7 @@ def _plain_script(train, test):
         "inverse_l2": c,
         "knn": np.mean(votes.argmax(1) == y_test),
         "few_labels": {
-            name: [
-                np.mean(linear(draw(seed, count_of), seed)[0] == y_test)
-                for seed in range(2)
-            ]
+            name: [np.mean(linear(draw(seed, count_of), seed)[0] == y_test) for seed in range(2)]
             for name, count_of in {
                 "2 a class": lambda _: 2,
                 "50 %": lambda n: round(n / 2),
@@ -104,9 +94,7 @@ def _plain_script(train, test):
 
 def test_numbers_equal_a_plain_script_on_the_same_features(splits):
     encoder = _encoder()
-    results = probe.measure(
-        {"raw pixels": None, "encoder": encoder}, *splits, 8, _OPTIONS
-    )
+    results = probe.measure({"raw pixels": None, "encoder": encoder}, *splits, 8, _OPTIONS)
     for scores, network in zip(results.scores, (None, encoder), strict=True):
         rows = []
         for split in splits:
@@ -146,9 +134,7 @@ def test_a_second_probe_computes_nothing(splits, tmp_path, monkeypatch):
         return compute(network, split, *args, **kwargs)
 
     monkeypatch.setattr(features, "compute_outputs", counted)
-    monkeypatch.setattr(
-        probe, "_fit_linear", lambda *_: pytest.fail("fitted again")
-    )
+    monkeypatch.setattr(probe, "_fit_linear", lambda *_: pytest.fail("fitted again"))
     second = measure(_encoder(), *splits)
     assert not computed
     assert second.scores == first.scores

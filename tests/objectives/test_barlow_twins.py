@@ -34,9 +34,7 @@ def test_barlow_twins_loss_equals_loops(batch, dim):
                 expected += (1 - correlation) ** 2
             else:
                 expected += 0.02 * correlation**2
-    loss = objective.barlow_twins_loss(
-        tf.constant(z1), tf.constant(z2), redundancy_weight=0.02
-    )
+    loss = objective.barlow_twins_loss(tf.constant(z1), tf.constant(z2), redundancy_weight=0.02)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 

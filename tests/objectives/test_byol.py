@@ -25,9 +25,7 @@ def test_byol_loss_two_views_equals_numpy_reference():
     )
 
 
-@pytest.mark.parametrize(
-    ("num_large", "num_small"), [(2, 0), (1, 1), (2, 2), (3, 1)]
-)
+@pytest.mark.parametrize(("num_large", "num_small"), [(2, 0), (1, 1), (2, 2), (3, 1)])
 def test_byol_loss_any_views_equals_loops(num_large, num_small):
     online, target = make_views(num_large, num_small)
 

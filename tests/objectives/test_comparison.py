@@ -52,9 +52,7 @@ def test_sample_negatives_many_draws_are_uniform_over_subsets():
         for row in indices[:, own]:
             counts[tuple(sorted(row.tolist()))] += 1
         expected = repeats / len(subsets)
-        chi = sum(
-            (count - expected) ** 2 / expected for count in counts.values()
-        )
+        chi = sum((count - expected) ** 2 / expected for count in counts.values())
         # The 0.1 percent quantile of 5 degrees of freedom.
         assert chi < 20.5
 
@@ -181,10 +179,7 @@ def test_many_view_loss_on_two_replicas_equals_one(name):
 
 @pytest.mark.parametrize("name", ["byol", "relic", "siglip", "semppl"])
 def test_many_view_loss_bfloat16_is_computed_in_float32(name):
-    online, target = (
-        [tf.cast(z, tf.bfloat16) for z in views]
-        for views in make_views(2, 1, 8)
-    )
+    online, target = ([tf.cast(z, tf.bfloat16) for z in views] for views in make_views(2, 1, 8))
     loss = _losses(8)[name]
     got = loss(online, target, None, slice(None))
     assert got.dtype == tf.float32

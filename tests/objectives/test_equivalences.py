@@ -32,10 +32,7 @@ def _loss(name, *, labelled=False, **hyperparameters):
     objective = replica_run.make_objective(name, **hyperparameters)
     rng = np.random.default_rng(0)
     online, target = (
-        [
-            tf.constant(rng.normal(size=(_ROWS, _DIM)), tf.float32)
-            for _ in range(_VIEWS)
-        ]
+        [tf.constant(rng.normal(size=(_ROWS, _DIM)), tf.float32) for _ in range(_VIEWS)]
         for _ in range(2)
     )
     context = StepContext(
@@ -51,9 +48,7 @@ def _loss(name, *, labelled=False, **hyperparameters):
         draw=_draw,
     )
     features = tf.zeros([_VIEWS * _ROWS, _DIM])
-    loss, _ = objective(
-        Embedded(online, target, features, tf.zeros([])), context
-    )
+    loss, _ = objective(Embedded(online, target, features, tf.zeros([])), context)
     return float(loss)
 
 
@@ -76,9 +71,7 @@ def test_semppl_with_an_empty_queue_equals_relicv2():
 
 def test_semppl_without_its_own_terms_equals_relicv2():
     off = {"semantic_weight": 0.0, "semantic_invariance": False}
-    np.testing.assert_allclose(
-        _loss("semppl", labelled=True, **off), _loss("relicv2"), rtol=1e-6
-    )
+    np.testing.assert_allclose(_loss("semppl", labelled=True, **off), _loss("relicv2"), rtol=1e-6)
 
 
 def test_semppl_with_positives_differs_from_an_empty_queue():

@@ -37,9 +37,7 @@ def test_relic_and_siglip_loss_golden_cases_equal_reference(golden):
             return function(
                 [x],
                 [x_prime],
-                temperature=objective.critic_temperature(
-                    log_scale, case["max_tau"]
-                ),
+                temperature=objective.critic_temperature(log_scale, case["max_tau"]),
                 bias=bias,
                 kl_form="transpose_reversed",
                 include_same_view=True,
@@ -57,9 +55,7 @@ def test_relic_and_siglip_loss_golden_cases_equal_reference(golden):
         ]
         value, gradients = values_and_gradients(loss, *arguments)
         key = f"{case['id']:04d}"
-        np.testing.assert_allclose(
-            value, numbers[f"loss_{key}"], rtol=1e-5, err_msg=case
-        )
+        np.testing.assert_allclose(value, numbers[f"loss_{key}"], rtol=1e-5, err_msg=case)
         # atol: differences of logarithms of order 1 in float32.
         np.testing.assert_allclose(
             loss(*arguments, alpha=1.0, contrastive_weight=0.0),
@@ -70,9 +66,7 @@ def test_relic_and_siglip_loss_golden_cases_equal_reference(golden):
         )
         if case["clamped"]:
             assert gradients[2] == 0.0
-        for name, gradient in zip(
-            ("gx", "gxp", "gtau", "gb"), gradients, strict=True
-        ):
+        for name, gradient in zip(("gx", "gxp", "gtau", "gb"), gradients, strict=True):
             expected = numbers[f"{name}_{key}"]
             np.testing.assert_allclose(
                 gradient,
@@ -137,13 +131,9 @@ def test_relic_loss_two_views_equals_numpy_reference(mode, num_negatives):
         negatives = objective.sample_negatives(draws, 6, 0).numpy()
     else:
         negatives = [ref_losses.all_negs(6)] * 2
-    o, t = (
-        [z.numpy().astype(float) for z in views] for views in (online, target)
-    )
+    o, t = ([z.numpy().astype(float) for z in views] for views in (online, target))
     terms = [
-        ref_losses.relic_pair(
-            o[a], t[c], o[c], t[a], TEMPERATURE, negatives[a], mode
-        )
+        ref_losses.relic_pair(o[a], t[c], o[c], t[a], TEMPERATURE, negatives[a], mode)
         for a, c in ((0, 1), (1, 0))
     ]
     got = objective.relic_loss(
@@ -165,9 +155,7 @@ def _check_relic(num_large, num_small, num_negatives, same, **kl):
         negatives = sampled_negatives(pairs, batch, draws)
 
     def loops(temperature, *views):
-        relic = Loops(
-            views[: len(online)], views[len(online) :], temperature, negatives
-        )
+        relic = Loops(views[: len(online)], views[len(online) :], temperature, negatives)
         loss = 0.0
         for (a, c), i in itertools.product(pairs, range(batch)):
             nll, divergence = relic.pair(a, c, i, **kl)
@@ -208,9 +196,7 @@ def _check_relic(num_large, num_small, num_negatives, same, **kl):
 )
 @pytest.mark.parametrize("kl_grad", ["sg_p", "entropy_only", "none"])
 @pytest.mark.parametrize(("same", "num_negatives"), [(False, 0), (True, 2)])
-def test_relic_loss_any_kl_equals_loops(
-    kl_form, kl_grad, kl_small, same, num_negatives
-):
+def test_relic_loss_any_kl_equals_loops(kl_form, kl_grad, kl_small, same, num_negatives):
     _check_relic(
         2, 1, num_negatives, same,
         kl_form=kl_form, kl_grad=kl_grad, kl_small=kl_small,
@@ -221,9 +207,7 @@ def test_relic_loss_any_kl_equals_loops(
     ("num_large", "num_small", "same", "num_negatives"),
     [(3, 2, False, 2), (1, 2, False, 0), (1, 1, True, 1), (2, 0, True, 0)],
 )
-def test_relic_loss_any_views_equals_loops(
-    num_large, num_small, same, num_negatives
-):
+def test_relic_loss_any_views_equals_loops(num_large, num_small, same, num_negatives):
     _check_relic(
         num_large, num_small, num_negatives, same,
         kl_form="swap", kl_grad="sg_p", kl_small="shared_target",
@@ -237,9 +221,7 @@ def test_siglip_loss_three_views_equals_loops():
 
     def loops(temperature, bias, *views):
         relic = Loops(views[:3], views[3:], temperature, negatives)
-        temperature, bias = (
-            tf.cast(x, tf.float64) for x in (temperature, bias)
-        )
+        temperature, bias = (tf.cast(x, tf.float64) for x in (temperature, bias))
         loss = 0.0
         for (a, c), i, j in itertools.product(pairs, range(5), range(5)):
             sign = 1.0 if i == j else -1.0
@@ -271,9 +253,7 @@ def test_relic_loss_all_negatives_equals_cross_entropy():
     for a, c in ((0, 1), (1, 0)):
         scores = tf.matmul(unit(online[a]), unit(target[c]), transpose_b=True)
         expected += tf.reduce_mean(
-            tf.nn.sparse_softmax_cross_entropy_with_logits(
-                tf.range(5), scores / TEMPERATURE
-            )
+            tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(5), scores / TEMPERATURE)
         )
     for num_negatives in (0, 4, 100):
         got = objective.relic_loss(

@@ -35,6 +35,4 @@ def test_rpc_loss_marginal_norm_local_replica_divides_by_local_batch():
 def test_gradient_penalty_unit_gradient_is_zero():
     unit = tf.constant(np.full((2, 3, 3, 1), 1 / math.sqrt(18), np.float32))
     assert objective.gradient_penalty(unit, unit) < 1e-9
-    np.testing.assert_allclose(
-        objective.gradient_penalty(2 * unit, 2 * unit), 1.0, rtol=1e-5
-    )
+    np.testing.assert_allclose(objective.gradient_penalty(2 * unit, 2 * unit), 1.0, rtol=1e-5)

@@ -54,9 +54,7 @@ def test_semppl_loss_any_options_equals_loops(
     if num_negatives:
         negatives = sampled_negatives(pairs, batch, draws)
     rng = np.random.default_rng(2)
-    positives = tf.constant(
-        rng.normal(size=(num_large, batch, k, 4)), tf.float32
-    )
+    positives = tf.constant(rng.normal(size=(num_large, batch, k, 4)), tf.float32)
     has_positive = tf.constant([True, False, True, True])
     labels = tf.constant([5, -1, 5, -1])  # what is unknown is not the same
     others = [0, 2, 3] if sempos_negatives == "sempos" else []
@@ -67,9 +65,7 @@ def test_semppl_loss_any_options_equals_loops(
     kl = {"kl_form": "swap", "kl_small": "transpose", "kl_grad": "sg_p"}
 
     def loops(positives, *views):
-        semppl = Loops(
-            views[: len(online)], views[len(online) :], TEMPERATURE, negatives
-        )
+        semppl = Loops(views[: len(online)], views[len(online) :], TEMPERATURE, negatives)
         positives = tf.stop_gradient(positives)
         loss = 0.0
         for (a, c), i in itertools.product(pairs, range(batch)):
@@ -164,9 +160,7 @@ def test_pseudo_labels_own_and_empty_slots_equal_loops(num_views):
         votes = [0] * num_classes
         for view, entries in itertools.product(online, queue):
             best, label = -2.0, None
-            for entry, entry_label, entry_id in zip(
-                entries, labels, ids, strict=True
-            ):
+            for entry, entry_label, entry_id in zip(entries, labels, ids, strict=True):
                 if entry_id in (-1, own[i]):
                     continue
                 similarity = unit(view)[i].numpy() @ unit(entry).numpy()
@@ -209,22 +203,16 @@ def test_draw_semantic_positives_any_labels_equals_loops():
     own = np.array([0, 1, 2, ids[3], 4, ids[5]])
     draws = make_draws(2, 6, 40)
     largest = np.nextafter(np.float32(1), np.float32(0))
-    draws = tf.concat(
-        [draws, tf.zeros([2, 6, 1]), tf.fill([2, 6, 1], largest)], -1
-    )
+    draws = tf.concat([draws, tf.zeros([2, 6, 1]), tf.fill([2, 6, 1], largest)], -1)
     positives, has_positive = objective.draw_semantic_positives(
         *map(tf.constant, (labels, queue, queue_labels, ids, own)), draws
     )
     assert positives.shape == (2, 6, 42, 4)
-    np.testing.assert_array_equal(
-        has_positive, [True, True, True, False, False, True]
-    )
+    np.testing.assert_array_equal(has_positive, [True, True, True, False, False, True])
     for c, i, k in itertools.product(range(2), range(6), range(42)):
         matches = [
             entry
-            for entry, label, entry_id in zip(
-                queue[c], queue_labels, ids, strict=True
-            )
+            for entry, label, entry_id in zip(queue[c], queue_labels, ids, strict=True)
             if label == labels[i] != -1 and entry_id not in (-1, own[i])
         ]
         expected = np.zeros(4)
@@ -267,9 +255,7 @@ def test_semppl_loss_with_votes_under_xla_equals_eager():
             loss = objective.semppl_loss(
                 views[:num_views],
                 views[num_views:],
-                *objective.draw_semantic_positives(
-                    label, queue, labels, ids, own, positives
-                ),
+                *objective.draw_semantic_positives(label, queue, labels, ids, own, positives),
                 temperature=TEMPERATURE,
                 invariance_weight=5.0,
                 num_negatives=3,

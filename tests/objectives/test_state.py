@@ -30,9 +30,7 @@ def test_trained_temperature_starts_at_its_arguments():
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "bias"), [("relic", 0.0), ("siglip", -10.0), ("relicv2", 0.0)]
-)
+@pytest.mark.parametrize(("name", "bias"), [("relic", 0.0), ("siglip", -10.0), ("relicv2", 0.0)])
 def test_build_state_of_trained_temperature_has_the_objectives_bias(name, bias):
     made = objective.OBJECTIVES[name](
         learnable_temperature=True, max_inverse_temperature=3.0
@@ -56,10 +54,7 @@ def test_push_to_a_full_queue_drops_its_oldest_entries():
         labels = rng.integers(-1, 3, 5).astype("int32")
         ids = np.arange(5) + 10 * step
         embeddings, stored_labels, stored_ids = (
-            np.array(x)
-            for x in queue.push(
-                tf.constant(z), tf.constant(labels), tf.constant(ids)
-            )
+            np.array(x) for x in queue.push(tf.constant(z), tf.constant(labels), tf.constant(ids))
         )
         for row in range(5):
             if labels[row] >= 0:
@@ -78,6 +73,4 @@ def test_push_to_a_full_queue_drops_its_oldest_entries():
 def test_push_of_a_batch_larger_than_the_queue_raises():
     queue = LabelledQueue(1, 2, 3)
     with pytest.raises(ValueError, match="a batch of 4"):
-        queue.push(
-            tf.zeros([1, 4, 3]), tf.zeros([4], "int32"), tf.zeros([4], "int64")
-        )
+        queue.push(tf.zeros([1, 4, 3]), tf.zeros([4], "int32"), tf.zeros([4], "int64"))

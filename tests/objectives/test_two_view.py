@@ -47,9 +47,7 @@ def _reference_loss(case, z1, z2):
     return losses[loss_type](z1, z2, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_cases"), [("rpc_objective", 180), ("simclr_objective", 36)]
-)
+@pytest.mark.parametrize(("name", "num_cases"), [("rpc_objective", 180), ("simclr_objective", 36)])
 def test_two_view_loss_golden_cases_equal_reference(golden, name, num_cases):
     numbers = golden(f"{name}.npz")
     cases = json.loads(str(numbers["cases_json"]))
@@ -72,9 +70,7 @@ def test_two_view_loss_golden_cases_equal_reference(golden, name, num_cases):
         # Saturated softmax: float32 noise of the reference, see its README.
         softmax = case.get("loss_type", "nce") == "nce"
         noise = 1e-6 if softmax else 2e-6 * np.abs(expected).max()
-        np.testing.assert_allclose(
-            gradient, expected, rtol=2e-5, atol=noise, err_msg=case
-        )
+        np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=noise, err_msg=case)
 
 
 def test_simclr_loss_on_two_replicas_equals_reference(golden):
@@ -85,19 +81,13 @@ def test_simclr_loss_on_two_replicas_equals_reference(golden):
         tape.watch(hidden)
         views = [tf.split(h, 2) for h in hidden]
         losses = [
-            objective.simclr_loss(
-                *views[r], temperature=0.1, gather=known_gather(views, r)
-            )
+            objective.simclr_loss(*views[r], temperature=0.1, gather=known_gather(views, r))
             for r in (0, 1)
         ]
         total = tf.add_n(losses)
     for r, gradient in enumerate(tape.gradient(total, hidden)):
-        np.testing.assert_allclose(
-            losses[r], numbers[f"mirrored_loss_{r}"], rtol=1e-5
-        )
-        np.testing.assert_allclose(
-            gradient, numbers[f"mirrored_grad_{r}"], rtol=1e-4, atol=1e-6
-        )
+        np.testing.assert_allclose(losses[r], numbers[f"mirrored_loss_{r}"], rtol=1e-5)
+        np.testing.assert_allclose(gradient, numbers[f"mirrored_grad_{r}"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["simclr", "rpc", "js", "nwj", "wpc"])
@@ -111,10 +101,7 @@ def test_two_view_loss_on_four_replicas_equals_one(name):
     with tf.GradientTape() as tape:
         tape.watch([z1, z2])
         views = list(zip(tf.split(z1, 4), tf.split(z2, 4), strict=True))
-        shared = [
-            loss(*views[r], temperature=_T, gather=known_gather(views, r))
-            for r in range(4)
-        ]
+        shared = [loss(*views[r], temperature=_T, gather=known_gather(views, r)) for r in range(4)]
         mean = tf.add_n(shared) / 4
     np.testing.assert_allclose(mean, alone, rtol=1e-5)
     for got, want in zip(tape.gradient(mean, [z1, z2]), expected, strict=True):
@@ -149,10 +136,7 @@ def _loop_loss(name, rows):
     """One direction of the loss, as the papers and reference code put it."""
     batch = len(rows)
     if name == "simclr":
-        terms = [
-            -math.log(np.exp(p) / (np.exp(p) + np.exp(n).sum()))
-            for p, n in rows
-        ]
+        terms = [-math.log(np.exp(p) / (np.exp(p) + np.exp(n).sum())) for p, n in rows]
         return 2 * sum(terms) / batch  # directions are summed, not averaged
     if name == "rpc":
         joint = sum(p - 0.5 * 0.02 * p**2 for p, _ in rows) / batch
@@ -198,16 +182,12 @@ def test_rpc_and_simclr_loss_sines_equal_known_values():
 
     z1, z2 = sines(1.0), sines(1.1)
     np.testing.assert_allclose(
-        objective.rpc_loss(
-            z1, z2, temperature=1.0, alpha=0.3, beta=0.01, gamma=0.1
-        ),
+        objective.rpc_loss(z1, z2, temperature=1.0, alpha=0.3, beta=0.01, gamma=0.1),
         -3.253526739,
         rtol=1e-5,
     )
     np.testing.assert_allclose(
-        objective.rpc_loss(
-            z1, z2, temperature=128.0, alpha=0.0, beta=0.001, gamma=1.0
-        ),
+        objective.rpc_loss(z1, z2, temperature=128.0, alpha=0.0, beta=0.001, gamma=1.0),
         -0.030640172,
         rtol=1e-5,
     )
@@ -222,9 +202,7 @@ def test_two_view_loss_bfloat16_is_computed_in_float32(name):
     z1, z2 = (tf.cast(z, tf.bfloat16) for z in (z1, z2))
     loss = _LOSSES[name](z1, z2, temperature=_T)
     assert loss.dtype == tf.float32
-    exact = _LOSSES[name](
-        tf.cast(z1, tf.float32), tf.cast(z2, tf.float32), temperature=_T
-    )
+    exact = _LOSSES[name](tf.cast(z1, tf.float32), tf.cast(z2, tf.float32), temperature=_T)
     np.testing.assert_array_equal(loss, exact)
 
 

@@ -30,10 +30,9 @@ def _variance_and_covariance(z, epsilon):
     variance = covariance = 0.0
     for k in range(dim):
         for m in range(dim):
-            entry = sum(
-                (z[i, k] - means[k]) * (z[i, m] - means[m])
-                for i in range(batch)
-            ) / (batch - 1)
+            entry = sum((z[i, k] - means[k]) * (z[i, m] - means[m]) for i in range(batch)) / (
+                batch - 1
+            )
             if k == m:
                 variance += max(0.0, 1 - (entry + epsilon) ** 0.5) / dim
             else:
@@ -46,10 +45,7 @@ def test_vicreg_loss_equals_loops(batch, dim):
     z1, z2 = (0.7 * z for z in two_views.random_views(batch, dim))
     v1, c1 = _variance_and_covariance(z1.astype(float), 1e-3)
     v2, c2 = _variance_and_covariance(z2.astype(float), 1e-3)
-    distances = [
-        sum((z1[i, k] - z2[i, k]) ** 2 for k in range(dim))
-        for i in range(batch)
-    ]
+    distances = [sum((z1[i, k] - z2[i, k]) ** 2 for k in range(dim)) for i in range(batch)]
     # The mean over dimensions and over views where the paper has sums.
     invariance = sum(distances) / batch / dim
     expected = 2.0 * invariance + 3.0 * (v1 + v2) / 2 + 0.5 * (c1 + c2)

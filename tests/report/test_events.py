@@ -14,9 +14,7 @@ from contrastive.report import content, events
 def test_results_are_kept_by_step(tmp_path):
     for step in (1, 2):
         events.write_result(str(tmp_path), {"accuracy": step / 4}, step)
-    assert json.loads((tmp_path / "result.json").read_text()) == {
-        "accuracy": 0.5
-    }
+    assert json.loads((tmp_path / "result.json").read_text()) == {"accuracy": 0.5}
     assert (tmp_path / "result_1.json").exists()
     assert list((tmp_path / "eval").glob("events*"))
 
@@ -70,9 +68,7 @@ def test_projector_is_what_tensorboard_reads(tmp_path):
         np.zeros((5, 8, 8, 3), np.uint8),
         {"class": ["a", "b\tc\n", "d", "\udcff", "f"], "image": list("12345")},
     )
-    got = projector_plugin._read_tensor_tsv_file(
-        str(tmp_path / "projector" / "embeddings.tsv")
-    )
+    got = projector_plugin._read_tensor_tsv_file(str(tmp_path / "projector" / "embeddings.tsv"))
     np.testing.assert_allclose(got, embeddings, rtol=1e-4)
     lines = (tmp_path / "projector" / "metadata.tsv").read_text().splitlines()
     assert lines == ["class\timage", "a\t1", "b c\t2", "d\t3", "?\t4", "f\t5"]

@@ -35,9 +35,7 @@ def _page(name="class"):
             page_lib.views(png, 1234),
             page_lib.embedding_map(sample),
             page_lib.neighbours(sample),
-            page_lib.confusion(
-                sample.labels, predictions, sample.class_names, of=name
-            ),
+            page_lib.confusion(sample.labels, predictions, sample.class_names, of=name),
             page_lib.reproduction(["run.py", "--mode=probe"], [RUN]),
         ],
     )
@@ -95,9 +93,7 @@ def test_page_can_be_heard_and_reached(text):
 def test_style_is_of_what_is_there(text):
     page = Page(text)
     names = {
-        name
-        for _, attributes in page.elements
-        for name in attributes.get("class", "").split()
+        name for _, attributes in page.elements for name in attributes.get("class", "").split()
     }
     with open(page_lib.__file__.replace("page.py", "report.css")) as file:
         styled = set(re.findall(r"\.([a-z]+)\b(?=[^}]*{)", file.read()))
@@ -120,12 +116,8 @@ def test_names_are_escaped():
     text = _page(HOSTILE)
     text.encode()
     page, plain = Page(text), Page(_page())
-    assert [tag for tag, _ in page.elements] == [
-        tag for tag, _ in plain.elements
-    ]
-    assert not any(
-        name.startswith("on") for _, a in page.elements for name in a
-    )
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
+    assert not any(name.startswith("on") for _, a in page.elements for name in a)
     # They are there, as they are, but for what is no text.
     assert HOSTILE.replace("\udcff", "?") in page.text
 
@@ -145,9 +137,7 @@ def test_page_without_optional_content_says_why():
                 page_lib.views(None, 0),
                 page_lib.embedding_map(sample),
                 page_lib.neighbours(sample),
-                page_lib.confusion(
-                    np.full(4, -1), np.zeros(4, int), "a", of=""
-                ),
+                page_lib.confusion(np.full(4, -1), np.zeros(4, int), "a", of=""),
             ],
         )
     )

@@ -29,9 +29,7 @@ def test_grid_enlarges_small_images():
 
 def test_grid_shows_other_channels_as_grey():
     view = np.stack([np.zeros((1, 96, 96)), np.ones((1, 96, 96))], axis=-1)
-    np.testing.assert_array_equal(
-        events.image_grid([view]), np.full((96, 96, 3), 0.5)
-    )
+    np.testing.assert_array_equal(events.image_grid([view]), np.full((96, 96, 3), 0.5))
 
 
 @pytest.mark.parametrize("count", [1, 5, 9, 10])

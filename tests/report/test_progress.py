@@ -9,9 +9,7 @@ from contrastive.report import events
 
 def test_lines_in_a_log(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(
-        events.logging, "info", lambda *words: lines.append(words)
-    )
+    monkeypatch.setattr(events.logging, "info", lambda *words: lines.append(words))
     reporter = events.Reporter(
         str(tmp_path),
         train_steps=4,
@@ -49,9 +47,7 @@ def _recorded_steps(directory):
     return points[:, 0].tolist()
 
 
-@pytest.mark.parametrize(
-    ("last", "expected"), [(7, [4, 7]), (8, [4, 8]), (10, [4, 8, 10])]
-)
+@pytest.mark.parametrize(("last", "expected"), [(7, [4, 7]), (8, [4, 8]), (10, [4, 8, 10])])
 def test_show_last_records_a_step_only_once(tmp_path, last, expected):
     reporter = _reporter(tmp_path)
     reporter.start(0)

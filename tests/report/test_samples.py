@@ -28,9 +28,7 @@ def test_neighbours_are_those_of_the_greatest_cosine():
     nearest, cosines = page.nearest_neighbours(x, 3)
     for i in range(20):
         of_i = [
-            -np.inf
-            if i == j
-            else x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])
+            -np.inf if i == j else x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])
             for j in range(20)
         ]
         np.testing.assert_array_equal(nearest[i], np.argsort(of_i)[:-4:-1])
@@ -81,12 +79,8 @@ def test_large_images_are_shown_small():
         image_size=(200, 200),
         file_names=("a/b.png",),
     )
-    outputs = features.Outputs(
-        values=np.ones((1, 4)), labels=np.array([-1]), ids=np.array([0])
-    )
+    outputs = features.Outputs(values=np.ones((1, 4)), labels=np.array([-1]), ids=np.array([0]))
     sample = content.take(dataset, outputs, 200)
-    np.testing.assert_array_equal(
-        sample.images, np.full((1, 96, 96, 3), 200, np.uint8)
-    )
+    np.testing.assert_array_equal(sample.images, np.full((1, 96, 96, 3), 200, np.uint8))
     assert sample.names == ["a/b.png"]
     assert sample.class_of(0) == ""

@@ -68,9 +68,7 @@ def test_names_of_imagenet(prepared):
         ("train[12:]", [0, 1], False),
     ],
 )
-def test_has_labels_honours_shards_slices_and_subsets(
-    tmp_path, split, ids, expected
-):
+def test_has_labels_honours_shards_slices_and_subsets(tmp_path, split, ids, expected):
     """Shards of 4 records; labels of examples 12 to 19 are hidden."""
     root = write_records(tmp_path, 24, False, 4, hidden=range(12, 20))
     dataset = data.load(root, split)
@@ -96,9 +94,7 @@ def test_has_labels_is_false_without_a_label_feature(tmp_path):
 
 
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20])
-def test_has_labels_of_images_outside_class_folders_is_false(
-    tmp_path, memory_limit
-):
+def test_has_labels_of_images_outside_class_folders_is_false(tmp_path, memory_limit):
     names = ["train/a/0.png", "train/1.png", "test/2.png"]
     root = write_pictures(tmp_path, names)
     train = data.load(root, memory_limit=memory_limit)

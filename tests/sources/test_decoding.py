@@ -48,11 +48,7 @@ def test_decoded_crop_is_the_box_of_its_key(encoder):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_decoded_center_crop_is_that_of_eval_images(channels):
     picture = _picture()[..., :channels]
-    crop = decoding.decode_center_crop(
-        tf.io.encode_png(picture), SIZE, channels=channels
-    )
-    expected = data_util.eval_images(
-        picture[np.newaxis], SIZE, crop_proportion=0.875
-    )
+    crop = decoding.decode_center_crop(tf.io.encode_png(picture), SIZE, channels=channels)
+    expected = data_util.eval_images(picture[np.newaxis], SIZE, crop_proportion=0.875)
     assert crop.shape == (SIZE, SIZE, channels)
     np.testing.assert_allclose(crop / 255, expected[0], atol=0.51 / 255)

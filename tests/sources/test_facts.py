@@ -101,7 +101,5 @@ def test_facts_and_settings_of_views_are_imported_without_tensorflow():
         "heavy = {'tensorflow', 'keras', 'tensorflow_datasets', 'sklearn'};"
         "assert not heavy & {*sys.modules}"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == ["2000", "True"], result.stderr

@@ -18,9 +18,7 @@ def _hash(name):
 
 def _evaluated(dataset, batch_size):
     """Returns the iterator over the evaluation batches of a dataset."""
-    return data.eval_stream(
-        dataset, batch_size=batch_size, image_size=6
-    ).as_numpy_iterator()
+    return data.eval_stream(dataset, batch_size=batch_size, image_size=6).as_numpy_iterator()
 
 
 def test_class_folders_are_split_by_a_stable_hash(tmp_path):
@@ -53,9 +51,7 @@ def test_class_index_is_the_same_in_every_split(tmp_path):
 
 
 def test_report_names_what_was_skipped_and_counts_classes(tmp_path):
-    root = write_pictures(
-        tmp_path / "x", [f"train/a/{i}.png" for i in range(3)]
-    )
+    root = write_pictures(tmp_path / "x", [f"train/a/{i}.png" for i in range(3)])
     folder = tmp_path / "x" / "train" / "a"
     whole = (folder / "0.png").read_bytes()
     noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), np.uint8)
@@ -86,9 +82,7 @@ def test_small_images_of_one_size_are_held_in_memory(tmp_path):
     dataset = data.load(root)
     assert not dataset.is_encoded
     assert dataset.image_size == (10, 12)
-    np.testing.assert_array_equal(
-        dataset.source.images[:, 0, 0, 0], [0, 1, 2, 3, 4]
-    )
+    np.testing.assert_array_equal(dataset.source.images[:, 0, 0, 0], [0, 1, 2, 3, 4])
     assert data.load(root, memory_limit=5 * 360 - 1).is_encoded
     root = write_pictures(tmp_path / "large", names, size=(129, 10))
     assert data.load(root).is_encoded

@@ -45,9 +45,7 @@ def test_fraction_takes_equally_many_of_each_class(fraction, counts):
 
 def test_choose_fraction_gives_the_remainder_to_larger_classes():
     dataset = _dataset([3, 9, 3])  # 8 of 15: 2, 3, 3 or 3, 3, 2 or 3, 2, 3
-    choices = [
-        labels.choose(dataset, fraction=8 / 15, seed=s) for s in range(20)
-    ]
+    choices = [labels.choose(dataset, fraction=8 / 15, seed=s) for s in range(20)]
     chosen = {tuple(np.bincount(dataset.labels()[ids])) for ids in choices}
     assert chosen == {(2, 3, 3), (3, 3, 2), (3, 2, 3)}
     dataset = _dataset([2, 9, 3])  # 8 of 14
@@ -121,9 +119,7 @@ def test_a_file_lists_ids_paths_or_names(folder, tmp_path, memory_limit):
 def test_unknown_and_ambiguous_names_are_counted(folder, tmp_path):
     dataset = data.load(folder)
     lines = ["x.png", "y.png", "00.png", "01.png"]
-    with pytest.raises(
-        ValueError, match="4 ex.* 2 are not.*x.png, y.png.*1 co"
-    ):
+    with pytest.raises(ValueError, match="4 ex.* 2 are not.*x.png, y.png.*1 co"):
         _from_lines(dataset, tmp_path, *lines)
     with pytest.raises(ValueError, match="2 examples.* 1 are not in .*: 13"):
         _from_lines(dataset, tmp_path, "12", "13")

@@ -81,9 +81,7 @@ def test_backgrounds_are_removed_as_often_as_said(probability):
 def test_draw_is_independent_of_view_and_of_all_other_draws():
     view = dataclasses.replace(_VIEW, mask_probability=0.5)
     removes = [
-        data_util.removes_background(
-            data_util.example_keys(1, 0, tf.range(2000), index), view
-        )
+        data_util.removes_background(data_util.example_keys(1, 0, tf.range(2000), index), view)
         for index in range(4)
     ]
     keys = data_util.example_keys(1, 0, tf.range(2000), 0)
@@ -115,8 +113,8 @@ def test_implausible_masks_are_whole():
 def folder(tmp_path_factory):
     """Returns a folder of 12 noisy images, and one of masks.
 
-    The mask of an image is its upper half, and white; that of 3 is missing,
-    that of 4 implausible, that of 5 of twice the size, that of 6 named by id.
+    The mask of an image is its upper half, and white; that of 3 is missing, that of 4 implausible,
+    that of 5 of twice the size, that of 6 named by id.
     """
     root = tmp_path_factory.mktemp("masks")
     random = np.random.default_rng(0)
@@ -218,9 +216,7 @@ def test_mask_comes_before_the_crop(loaded, source):
 def test_images_on_the_host_and_in_memory_give_the_same_views(loaded):
     """Fills, draws and boxes: all but the rounding of crops to bytes."""
     views = tuple(
-        data_util.Augmentation(
-            size=_HEIGHT, mask_probability=p, mask_fill=fill, **_PLAIN
-        )
+        data_util.Augmentation(size=_HEIGHT, mask_probability=p, mask_fill=fill, **_PLAIN)
         for p, fill in ((0.5, "mean"), (1.0, "noise"))
     )
     in_memory = _stream(loaded(), views)
@@ -265,9 +261,7 @@ def test_masked_stream_resumes(loaded):
         tf.nest.map_structure(np.testing.assert_array_equal, first, last)
 
 
-def test_attach_masks_to_unsuitable_data_raises_with_the_reason(
-    loaded, folder, tmp_path
-):
+def test_attach_masks_to_unsuitable_data_raises_with_the_reason(loaded, folder, tmp_path):
     with pytest.raises(ValueError, match="needs masks"):
         _stream(loaded(mask_dir=None), (_VIEW,))
     with pytest.raises(ValueError, match="one of spectral, freq.*'spectra'"):

@@ -73,17 +73,13 @@ def test_npz_with_test_images_has_them_as_split_test(tmp_path):
 
 def test_npz_with_unlabelled_test_images_has_labels_in_train_only(tmp_path):
     tests = np.zeros((2, 4, 4, 3), np.uint8)
-    path = _write_archive(
-        tmp_path / "x.npz", 5, labels=np.arange(5), images_test=tests
-    )
+    path = _write_archive(tmp_path / "x.npz", 5, labels=np.arange(5), images_test=tests)
     assert data.load(path).num_classes == 5
     assert data.load(path, "test").num_classes == 0
 
 
 def test_npz_test_images_of_another_size_are_refused(tmp_path):
-    path = _write_archive(
-        tmp_path / "x.npz", 5, images_test=np.zeros((2, 8, 4, 3), np.uint8)
-    )
+    path = _write_archive(tmp_path / "x.npz", 5, images_test=np.zeros((2, 8, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="of one size.*4, 4, 3.*8, 4, 3"):
         data.load(path)
 

@@ -20,9 +20,7 @@ from contrastive.sources import splits
         ("/not/here.npz", True, None, 1000),
     ],
 )
-def test_outline_of_data_that_is_not_here_has_its_facts(
-    name, is_encoded, size, classes, tmp_path
-):
+def test_outline_of_data_that_is_not_here_has_its_facts(name, is_encoded, size, classes, tmp_path):
     dataset = data.outline(name, data_dir=str(tmp_path))
     assert (dataset.is_encoded, dataset.image_size) == (is_encoded, size)
     assert (dataset.num_classes, dataset.channels) == (classes, 3)

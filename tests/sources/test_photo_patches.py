@@ -14,10 +14,7 @@ def test_photo_patches_are_the_same_bits_everywhere():
     train, test = (data.load("photo_patches", s) for s in ("train", "test"))
     assert train.num_examples, test.num_examples == (10_000, 2_000)
     assert np.ptp(np.bincount(train.source.labels, minlength=16)) == 0
-    digests = [
-        hashlib.sha256(d.source.images.tobytes()).hexdigest()[:16]
-        for d in (train, test)
-    ]
+    digests = [hashlib.sha256(d.source.images.tobytes()).hexdigest()[:16] for d in (train, test)]
     assert digests == ["e3b84fb10076b65d", "ffe4e6615ba74217"]
 
 
@@ -26,9 +23,7 @@ def test_train_and_test_patches_share_no_pixel(size):
     boxes = {
         split: np.array(
             [
-                photo_patches._patch_box(
-                    size, split, np.random.RandomState(seed)
-                )
+                photo_patches._patch_box(size, split, np.random.RandomState(seed))
                 for seed in range(500)
             ]
         )

@@ -61,9 +61,8 @@ def _image(number, mode="RGB", file_format="JPEG"):
 def serve(monkeypatch):
     """Returns a function that sets the contents of URLs of a TFDS dataset.
 
-    The place of the network alone is taken: files are written, checked and
-    extracted by TFDS. `checked` says whether the checksums are those of the
-    contents.
+    The place of the network alone is taken: files are written, checked and extracted by TFDS.
+    `checked` says whether the checksums are those of the contents.
     """
     contents = {}
 
@@ -99,10 +98,7 @@ def _cifar10(per_file):
         row = random.integers(0, 256, (per_file, 3073), np.uint8)
         row[:, 0] = np.arange(per_file) % 10
         rows[name] = row
-    files = {
-        f"cifar-10-batches-bin/{name}": row.tobytes()
-        for name, row in rows.items()
-    }
+    files = {f"cifar-10-batches-bin/{name}": row.tobytes() for name, row in rows.items()}
     labels = "\n".join(f"class {i}" for i in range(10)) + "\n"
     files["cifar-10-batches-bin/batches.meta.txt"] = labels.encode()
     return _tar(files, "w:gz"), rows
@@ -145,19 +141,14 @@ def _write_imagenet(folder, test=False):
     for synset, special in synsets.items():
         files = {f"{synset}_{i}.JPEG": _image(i) for i in range(5)}
         files[f"{synset}_{special}.JPEG"] = (
-            _image(9, "CMYK")
-            if synset == "n01739381"
-            else _image(9, file_format="PNG")
+            _image(9, "CMYK") if synset == "n01739381" else _image(9, file_format="PNG")
         )
         archives[f"{synset}.tar"] = _tar(files)
     images = {part: [_image(i) for i in range(4)] for part in ("val", "test")}
     contents = {"train": _tar(archives)}
     for part in ("val", "test") if test else ("val",):
         contents[part] = _tar(
-            {
-                f"ILSVRC2012_{part}_{i + 1:08}.JPEG": image
-                for i, image in enumerate(images[part])
-            }
+            {f"ILSVRC2012_{part}_{i + 1:08}.JPEG": image for i, image in enumerate(images[part])}
         )
     for part, content in contents.items():
         path = os.path.join(folder, f"ILSVRC2012_img_{part}.tar")
@@ -172,9 +163,7 @@ def imagenet(tmp_path):
     return tmp_path
 
 
-def test_imagenet_with_hidden_test_labels_is_evaluated_on_validation(
-    imagenet, log
-):
+def test_imagenet_with_hidden_test_labels_is_evaluated_on_validation(imagenet, log):
     code = program.main(
         *_SMALL,
         "--mode=train_then_eval",
@@ -188,10 +177,7 @@ def test_imagenet_with_hidden_test_labels_is_evaluated_on_validation(
     assert result["num_examples"] == 4
     manual = imagenet / "downloads" / "manual"
     assert any(f"reading archives in {manual}, then" in line for line in log)
-    assert (
-        "Evaluating on split 'validation' of imagenet2012; labels of 'test' "
-        "are hidden."
-    ) in log
+    assert ("Evaluating on split 'validation' of imagenet2012; labels of 'test' are hidden.") in log
     train = data.load("imagenet2012", data_dir=str(imagenet))
     assert train.num_examples == 12
     names = train.names()
@@ -201,12 +187,8 @@ def test_imagenet_with_hidden_test_labels_is_evaluated_on_validation(
     assert next(stream.as_numpy_iterator())["weight"].sum() == 12
 
 
-def test_split_with_hidden_labels_is_refused_before_training(
-    imagenet, capsys, monkeypatch
-):
-    monkeypatch.setattr(
-        loop, "train", lambda *_: pytest.fail("training started")
-    )
+def test_split_with_hidden_labels_is_refused_before_training(imagenet, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("training started"))
     code = program.main(
         *_SMALL,
         "--mode=train_then_eval",
@@ -233,9 +215,7 @@ def test_training_on_a_split_with_hidden_labels_is_refused(imagenet, capsys):
     )
     assert code == 2
     error = capsys.readouterr().err
-    assert (
-        "All labels of --train_split=test of imagenet2012 are hidden" in error
-    )
+    assert "All labels of --train_split=test of imagenet2012 are hidden" in error
 
 
 def test_imagenet_without_test_archive_has_two_splits(tmp_path):
@@ -249,9 +229,7 @@ def test_imagenet_without_test_archive_has_two_splits(tmp_path):
 # Progress
 
 
-def test_progress_is_logged_where_there_is_no_terminal(
-    serve, tmp_path, log, monkeypatch
-):
+def test_progress_is_logged_where_there_is_no_terminal(serve, tmp_path, log, monkeypatch):
     monkeypatch.setattr(tfds_sets, "_SECONDS_BETWEEN_LINES", 0.01)
     archive, _ = _cifar10(100)
     serve("cifar10", {_CIFAR10_URL: archive})
@@ -267,9 +245,7 @@ def test_progress_is_logged_where_there_is_no_terminal(
                 return
             time.sleep(0.01)
 
-    monkeypatch.setattr(
-        builder_class, "download_and_prepare", prepare_until_reported
-    )
+    monkeypatch.setattr(builder_class, "download_and_prepare", prepare_until_reported)
     data.load("cifar10", data_dir=str(tmp_path))
     lines = [line for line in log if "extracted" in line]
     assert all(line.startswith("Preparing cifar10: ") for line in lines)
@@ -304,9 +280,7 @@ def _failure(name, tmp_path):
 
 
 @pytest.mark.parametrize("present", [None, "train", "val"])
-def test_missing_imagenet_archives_are_named_with_their_folder(
-    tmp_path, present
-):
+def test_missing_imagenet_archives_are_named_with_their_folder(tmp_path, present):
     folder = tmp_path / "downloads" / "manual"
     if present:
         folder.mkdir(parents=True)
@@ -361,9 +335,7 @@ def test_missing_package_is_named(serve, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "scipy", None)
         message = _failure("oxford_flowers102", tmp_path)
-    assert "package 'scipy' is missing. Install it: `pip install scipy`" in (
-        message
-    )
+    assert "package 'scipy' is missing. Install it: `pip install scipy`" in (message)
     assert "tfds build" not in message
     dataset = data.load("oxford_flowers102", data_dir=str(tmp_path))
     assert dataset.num_examples == 1
@@ -397,9 +369,7 @@ def test_failed_request_names_the_url_and_tfds_build(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        tfds.download.DownloadError(
-            "Failed to get url https://a.b/c. HTTP 404"
-        ),
+        tfds.download.DownloadError("Failed to get url https://a.b/c. HTTP 404"),
         requests.exceptions.ReadTimeout("https://a.b/c: timed out"),
         ConnectionResetError("by peer, https://a.b/c"),
     ],
@@ -422,29 +392,21 @@ def _raised_from(error, cause):
         # The package is there; a part of it is not.
         (ImportError("cannot import name 'foo'", name="numpy"), "'foo'"),
         (
-            _raised_from(
-                OSError(errno.ENOSPC, "No space left"), ConnectionError("cut")
-            ),
+            _raised_from(OSError(errno.ENOSPC, "No space left"), ConnectionError("cut")),
             "files cannot be written",
         ),
         (
-            _raised_from(
-                RuntimeError("preparing"), ModuleNotFoundError(name="scipy")
-            ),
+            _raised_from(RuntimeError("preparing"), ModuleNotFoundError(name="scipy")),
             "package 'scipy' is missing",
         ),
     ],
 )
-def test_failure_is_explained_by_the_outermost_known_error(
-    tmp_path, monkeypatch, error, reason
-):
+def test_failure_is_explained_by_the_outermost_known_error(tmp_path, monkeypatch, error, reason):
     _fail_with(monkeypatch, error)
     assert reason in _failure("mnist", tmp_path).split("failed: ")[1]
 
 
-def test_failure_beside_an_optional_import_is_not_blamed_on_it(
-    tmp_path, monkeypatch
-):
+def test_failure_beside_an_optional_import_is_not_blamed_on_it(tmp_path, monkeypatch):
     error = RuntimeError("the file is corrupt")
     error.__context__ = ModuleNotFoundError(name="optional")
     _fail_with(monkeypatch, error)
@@ -501,9 +463,7 @@ def test_other_failure_is_quoted(tmp_path, monkeypatch):
     assert "tfds build" not in message
 
 
-def test_missing_package_of_a_builder_is_named_before_anything(
-    tmp_path, monkeypatch
-):
+def test_missing_package_of_a_builder_is_named_before_anything(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ModuleNotFoundError("No module named 'bs4'", name="bs4.element")
 

@@ -65,9 +65,7 @@ def test_spectral_residual_is_the_published_algorithm():
     spectrum = np.fft.fft2(image[0, :, :, 0].astype(np.float64))
     log_amplitude = np.log(np.abs(spectrum))
     padded = np.pad(log_amplitude, 1, "edge")
-    mean = np.mean(
-        [padded[i : i + 64, j : j + 64] for i in range(3) for j in range(3)], 0
-    )
+    mean = np.mean([padded[i : i + 64, j : j + 64] for i in range(3) for j in range(3)], 0)
     residual = log_amplitude - mean
     energy = np.abs(np.fft.ifft2(np.exp(residual + 1j * np.angle(spectrum))))
     weights = np.exp(-0.5 * (np.arange(-12, 13) / 2.5) ** 2)

@@ -19,9 +19,7 @@ def _of_tfds(expression):
         for name, lengths in _SHARDS.items()
     }
     try:
-        parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(
-            infos
-        )
+        parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
     except (ValueError, NotImplementedError):
         return None
     return [
@@ -77,9 +75,7 @@ _EXPRESSIONS = [
 def test_ranges_of_an_expression_equal_those_of_tfds(expression):
     expected = _of_tfds(expression)
     if expected is None or not any(part for _, part in expected):
-        with pytest.raises(
-            splits.NoSuchSplit, match=re.escape(repr(expression))
-        ):
+        with pytest.raises(splits.NoSuchSplit, match=re.escape(repr(expression))):
             splits.ranges(expression, _SHARDS, "name")
     else:
         actual = splits.ranges(expression, _SHARDS, "name")

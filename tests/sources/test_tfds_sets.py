@@ -11,23 +11,17 @@ from tests.support.image_data import write_records
 
 def _evaluated(dataset, batch_size):
     """Returns the iterator over the evaluation batches of a dataset."""
-    return data.eval_stream(
-        dataset, batch_size=batch_size, image_size=6
-    ).as_numpy_iterator()
+    return data.eval_stream(dataset, batch_size=batch_size, image_size=6).as_numpy_iterator()
 
 
 def test_slices_and_sums_of_splits_are_read(tmp_path):
     root = write_records(tmp_path, 20, static=True, per_shard=6)
     dataset = data.load(root, "train[25%:75%]+train[-2:]")
     assert not dataset.is_encoded
-    np.testing.assert_array_equal(
-        dataset.source.images[:, 0, 0, 0], [*range(5, 15), 18, 19]
-    )
+    np.testing.assert_array_equal(dataset.source.images[:, 0, 0, 0], [*range(5, 15), 18, 19])
     encoded = data.load(root, "train[25%:75%]+train[-2:]", memory_limit=0)
     batch = next(_evaluated(encoded, 12))
-    np.testing.assert_array_equal(
-        batch["image"][:12, 0, 0, 0], dataset.source.images[:, 0, 0, 0]
-    )
+    np.testing.assert_array_equal(batch["image"][:12, 0, 0, 0], dataset.source.images[:, 0, 0, 0])
     np.testing.assert_array_equal(batch["id"][:12], range(12))
 
 

@@ -57,8 +57,7 @@ def base(mode, task):
 
     Args:
         mode: name of a mode.
-        task: name of an objective, "finetune", or "" for a mode that trains
-            nothing.
+        task: name of an objective, "finetune", or "" for a mode that trains nothing.
     """
     given = {"mode": mode}
     if mode == "check_tpu":
@@ -97,15 +96,11 @@ def completed(given):
 def received(values):
     """Returns all that a command receives, by name.
 
-    These are the fields of the groups that it reads, and the objective's
-    hyperparameters if it pretrains.
+    These are the fields of the groups that it reads, and the objective's hyperparameters if it
+    pretrains.
     """
     groups = TABLES.commands[values["mode"]].groups
-    found = {
-        name: values.known(name)
-        for group in groups
-        for name in fields_of(group)
-    }
+    found = {name: values.known(name) for group in groups for name in fields_of(group)}
     if schema.ObjectiveChoice in groups and values["train_mode"] == "pretrain":
         found["hyperparameters"] = values.objective()
     return found

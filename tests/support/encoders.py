@@ -67,10 +67,7 @@ def check_features(encoder, networks, size=32):
 
 def state_dict_of(encoder):
     """The state dictionary that torchvision would save, and its classifier."""
-    tensors = {
-        torchvision.name(v.path): torchvision.layout(v.numpy())
-        for v in encoder.variables
-    }
+    tensors = {torchvision.name(v.path): torchvision.layout(v.numpy()) for v in encoder.variables}
     counters = {
         name.replace("running_mean", "num_batches_tracked"): np.int64(7)
         for name in tensors

@@ -3,8 +3,8 @@
 
 python execute_replicas.py FOLDER
 
-Reads `program` and its arguments: `split.npz`, of which every replica has its
-part of the rows, and `same.npz`. Writes `results.npz`, replicas in front.
+Reads `program` and its arguments: `split.npz`, of which every replica has its part of the rows, and
+`same.npz`. Writes `results.npz`, replicas in front.
 """
 
 import os
@@ -28,9 +28,7 @@ def main(folder):
     mesh = jax.sharding.Mesh(np.array(devices), ("replica",))
     arguments = []
     for name, axes in (("split", ["replica"]), ("same", [])):
-        placed = jax.sharding.NamedSharding(
-            mesh, jax.sharding.PartitionSpec(*axes)
-        )
+        placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
         with np.load(folder / f"{name}.npz") as file:
             arguments += [jax.device_put(x, placed) for x in file.values()]
     outputs = executable.execute_sharded(arguments)

@@ -60,10 +60,7 @@ def haiku_trees(network):
         }
         for module, shapes in manifest["params"].items()
     }
-    state = {
-        module: moving_average(module, shape)
-        for module, shape in manifest["state"].items()
-    }
+    state = {module: moving_average(module, shape) for module, shape in manifest["state"].items()}
     return parameters, state
 
 
@@ -143,9 +140,7 @@ def write_torch(path, state_dict, dtypes=None):
         state_dict: numpy arrays, in dictionaries.
         dtypes: names of torch's storages by array's type.
     """
-    dtypes = {"float32": "FloatStorage", "int64": "LongStorage"} | (
-        dtypes or {}
-    )
+    dtypes = {"float32": "FloatStorage", "int64": "LongStorage"} | (dtypes or {})
     storages = []
 
     class Storage:
@@ -171,9 +166,7 @@ def write_torch(path, state_dict, dtypes=None):
     def tensor(array):
         array = np.ascontiguousarray(array)
         strides = tuple(n // array.itemsize for n in array.strides)
-        return Reduced(
-            rebuild, Storage(array), 0, array.shape, strides, False, {}
-        )
+        return Reduced(rebuild, Storage(array), 0, array.shape, strides, False, {})
 
     named = {f"torch__{name}": kind for name, kind in kinds.items()}
     with (

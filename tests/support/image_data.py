@@ -40,9 +40,7 @@ def write_records(root, num_examples, static, per_shard, hidden=()):
         ),
         features=tfds.features.FeaturesDict(
             {
-                "image": tfds.features.Image(
-                    shape=shape, encoding_format="png"
-                ),
+                "image": tfds.features.Image(shape=shape, encoding_format="png"),
                 "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
             }
         ),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs of the losses of many views, and their formulas written as loops.
 
-The formulas are in float64 and row by row; gradients stop where the docstrings
-of the losses say so.
+The formulas are in float64 and row by row; gradients stop where the docstrings of the losses say
+so.
 """
 
 import itertools
@@ -18,10 +18,7 @@ def make_views(num_large, num_small, batch=5, dim=4, seed=0):
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(batch, dim))
     online, target = (
-        [
-            tf.constant(image + rng.normal(size=image.shape), tf.float32)
-            for _ in range(count)
-        ]
+        [tf.constant(image + rng.normal(size=image.shape), tf.float32) for _ in range(count)]
         for count in (num_large + num_small, num_large)
     )
     return online, target
@@ -143,10 +140,7 @@ class Loops:
 
 
 def all_negatives(pairs, batch):
-    return {
-        pair: [[j for j in range(batch) if j != i] for i in range(batch)]
-        for pair in pairs
-    }
+    return {pair: [[j for j in range(batch) if j != i] for i in range(batch)] for pair in pairs}
 
 
 def _floyd(draws, batch):

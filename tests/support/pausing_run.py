@@ -3,8 +3,8 @@
 
     python pausing_run.py STEP [flags of run.py]
 
-Writes "Paused." to standard error. So a signal arrives when the checkpoint is
-there and the run has not ended, however fast or slow the machine is.
+Writes "Paused." to standard error. So a signal arrives when the checkpoint is there and the run has
+not ended, however fast or slow the machine is.
 """
 
 import signal

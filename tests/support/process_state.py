@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of a test process that outlives a test, and its restoration.
 
-The program sets some of it by design (deterministic operations, the dtype
-policy, logging), and tests run the program in their own process. Every test
-starts from the state that this module takes down when it is imported.
+The program sets some of it by design (deterministic operations, the dtype policy, logging), and
+tests run the program in their own process. Every test starts from the state that this module takes
+down when it is imported.
 """
 
 import logging
@@ -76,8 +76,8 @@ def restore(state):
     """Restores the state that `snapshot` returned, and the random seeds.
 
     Returns:
-        The names of what differed but cannot be restored in this process, and
-        therefore belongs into a process of its own.
+        The names of what differed but cannot be restored in this process, and therefore belongs
+        into a process of its own.
     """
     # Twice, because flags that are reset set the log's levels, for example.
     for _ in range(2):

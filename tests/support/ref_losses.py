@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward values of several losses in float64 numpy.
 
-The functions are written independently of `objective.py`, directly from the
-formulas of the papers, and serve as references for its tests.
+The functions are written independently of `objective.py`, directly from the formulas of the papers,
+and serve as references for its tests.
 """
 
 import numpy as np
@@ -46,8 +46,7 @@ def relic_pair(o_a, t_b, o_b, t_a, temperature, negatives, mode="swap"):
         t_a: target projections of view a.
         temperature: softmax temperature.
         negatives: indices of the negatives of each row.
-        mode: "swap" takes p_ba from `o_b` and `t_a`; "transpose" takes it from
-            `t_b` and `o_a`.
+        mode: "swap" takes p_ba from `o_b` and `t_a`; "transpose" takes it from `t_b` and `o_a`.
     """
     o_a, t_b = l2(o_a), l2(t_b)
     log_p = _log_probabilities(o_a, t_b, temperature, negatives)
@@ -90,6 +89,4 @@ def _log_probabilities(o, t, temperature, negatives):
     """Returns `[batch, 1 + num_negatives]`; column 0 is the positive."""
     scores = o @ t.T / temperature
     rows = np.arange(len(o))[:, None]
-    return _log_softmax(
-        np.concatenate([scores[rows, rows], scores[rows, negatives]], 1)
-    )
+    return _log_softmax(np.concatenate([scores[rows, rows], scores[rows, negatives]], 1))

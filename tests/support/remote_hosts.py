@@ -3,11 +3,10 @@
 
 python remote_hosts.py FOLDER OUT.npz
 
-FOLDER has images, of which one, `cut.png`, is broken after it was found, and
-one has no foreground. Every kind of stream is read here and on two other hosts,
-each its part: OUT has, as `STREAM/here` and `STREAM/there`, what is in all
-batches, and as `reports/here` and `reports/there` how many images this process
-was told of.
+FOLDER has images, of which one, `cut.png`, is broken after it was found, and one has no foreground.
+Every kind of stream is read here and on two other hosts, each its part: OUT has, as `STREAM/here`
+and `STREAM/there`, what is in all batches, and as `reports/here` and `reports/there` how many
+images this process was told of.
 """
 
 import dataclasses
@@ -82,8 +81,7 @@ def main(folder, out):
     os.truncate(os.path.join(folder, "cut.png"), 60)
     addresses = cluster.addresses(_HOSTS)
     servers = [
-        subprocess.Popen([sys.executable, "-c", _SERVER, str(i), *addresses])
-        for i in range(_HOSTS)
+        subprocess.Popen([sys.executable, "-c", _SERVER, str(i), *addresses]) for i in range(_HOSTS)
     ]
     try:
         tf.config.experimental_connect_to_cluster(

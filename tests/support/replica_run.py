@@ -3,8 +3,8 @@
 
     python replica_run.py NUM_REPLICAS OUT.npz OBJECTIVE:OPTIMIZER ...
 
-With TF_CONFIG, as one of several workers. For every objective it stores what
-`tracing.trace` returns.
+With TF_CONFIG, as one of several workers. For every objective it stores what `tracing.trace`
+returns.
 """
 
 import dataclasses
@@ -37,9 +37,7 @@ def small_encoder(architecture, **_):
     images = keras.Input((None, None, architecture.channels))
     x = images
     for layer in range(2):
-        x = keras.layers.Conv2D(
-            8, 3, 2, "same", use_bias=False, name=f"initial_conv{layer}"
-        )(x)
+        x = keras.layers.Conv2D(8, 3, 2, "same", use_bias=False, name=f"initial_conv{layer}")(x)
         x = resnet.GlobalBatchNorm(name=f"initial_bn{layer}")(x)
         x = keras.layers.ReLU(name=f"initial_relu{layer}")(x)
     x = keras.layers.GlobalAveragePooling2D(name="final_avg_pool")(x)
@@ -141,9 +139,7 @@ def few_photo_patches():
     source = patches.source
     return dataclasses.replace(
         patches,
-        source=data.Arrays(
-            source.images[:_NUM_IMAGES], source.labels[:_NUM_IMAGES]
-        ),
+        source=data.Arrays(source.images[:_NUM_IMAGES], source.labels[:_NUM_IMAGES]),
         num_examples=_NUM_IMAGES,
     )
 

@@ -65,7 +65,5 @@ def make_sample(num_classes=3, count=60, labelled=True, name="class"):
         embeddings=(np.eye(num_classes)[labels] + noise).astype(np.float32),
         labels=labels if labelled else np.full(count, -1),
         names=[f"{name} {i}" for i in range(count)],
-        class_names=[f"{name} {i}" for i in range(num_classes)]
-        if labelled
-        else (),
+        class_names=[f"{name} {i}" for i in range(num_classes)] if labelled else (),
     )

@@ -40,9 +40,7 @@ def tensors(directory, step):
 
 def scalars(directory):
     """Reads the points of all curves, and the steps of the sample views."""
-    events = event_accumulator.EventAccumulator(
-        os.fspath(directory), {"tensors": 0}
-    )
+    events = event_accumulator.EventAccumulator(os.fspath(directory), {"tensors": 0})
     events.Reload()
     return {
         tag: [

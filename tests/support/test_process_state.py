@@ -25,18 +25,14 @@ def _filter(_):
 
 _CHANGES = {
     "op determinism": tf.config.experimental.enable_op_determinism,
-    "TF32": lambda: tf.config.experimental.enable_tensor_float_32_execution(
-        False
-    ),
+    "TF32": lambda: tf.config.experimental.enable_tensor_float_32_execution(False),
     "optimizer options": lambda: tf.config.optimizer.set_experimental_options(
         {"arithmetic_optimization": False}
     ),
     "eager functions": lambda: tf.config.run_functions_eagerly(True),
     "dtype policy": lambda: keras.config.set_dtype_policy("mixed_bfloat16"),
     "floatx": lambda: keras.config.set_floatx("bfloat16"),
-    "image data format": lambda: keras.config.set_image_data_format(
-        "channels_first"
-    ),
+    "image data format": lambda: keras.config.set_image_data_format("channels_first"),
     "progress bars of TFDS": lambda: tfds.display_progress_bar(False),
     "strategies made": lambda: strategies._made.append("tpu"),
     "flags": lambda: flags.FLAGS(["run.py", "--seed=5"]),
@@ -46,13 +42,9 @@ _CHANGES = {
     "signal handlers": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "log verbosity": lambda: absl_logging.set_verbosity(absl_logging.DEBUG),
     "log levels": lambda: logging.getLogger("tensorflow").setLevel(3),
-    "log handlers": lambda: logging.getLogger("absl").addHandler(
-        logging.NullHandler()
-    ),
+    "log handlers": lambda: logging.getLogger("absl").addHandler(logging.NullHandler()),
     "log filters": lambda: absl_logging.get_absl_handler().addFilter(_filter),
-    "log format": lambda: absl_logging.get_absl_handler().setFormatter(
-        logging.Formatter("")
-    ),
+    "log format": lambda: absl_logging.get_absl_handler().setFormatter(logging.Formatter("")),
 }
 
 
@@ -77,9 +69,7 @@ def test_restore_after_random_draws_returns_to_the_seed():
 
 def test_restore_of_logical_devices_names_what_it_cannot_restore():
     state = process_state.snapshot()
-    assert process_state.restore(state | {"logical CPUs": 7}) == [
-        "logical CPUs"
-    ]
+    assert process_state.restore(state | {"logical CPUs": 7}) == ["logical CPUs"]
 
 
 def test_restore_after_a_run_returns_to_the_snapshot():

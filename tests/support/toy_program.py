@@ -31,12 +31,8 @@ class ToyState(keras.layers.Layer):
 
     def __init__(self, scale):
         super().__init__(name="toy", dtype="float32")
-        self.scale = self.add_weight(
-            name="scale", initializer=keras.initializers.Constant(scale)
-        )
-        self.count = self.add_weight(
-            name="count", initializer="zeros", trainable=False
-        )
+        self.scale = self.add_weight(name="scale", initializer=keras.initializers.Constant(scale))
+        self.count = self.add_weight(name="count", initializer="zeros", trainable=False)
         self.built = True
 
 
@@ -75,9 +71,7 @@ class ToyData:
         labels = np.arange(count) % 2
         images = np.zeros([count, 16, 16, 3], np.uint8)
         images[labels == 1] = 200
-        images += np.random.default_rng(0).integers(
-            0, 50, images.shape, dtype=np.uint8
-        )
+        images += np.random.default_rng(0).integers(0, 50, images.shape, dtype=np.uint8)
         return arrays.in_memory(request, images, labels, ("dark", "light"))
 
     outline = load

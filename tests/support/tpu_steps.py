@@ -23,17 +23,12 @@ COMPILED = tpu_compilation.Compiled(
     bytes_accessed=819e9 / 50,
     collectives={"all-reduce": {"count": 3, "bytes": 4_000_000}},
 )
-_SMALL_RUN = (
-    "--mode=check_tpu --dataset=cifar10 --resnet_depth=10 "
-    "--width_multiplier=0.125"
-)
+_SMALL_RUN = "--mode=check_tpu --dataset=cifar10 --resnet_depth=10 --width_multiplier=0.125"
 
 
 def open_step(arguments, tmp_path):
     """Opens the step of a command line, whose data is not here."""
-    resolved = program.resolve(
-        *shlex.split(f"{_SMALL_RUN} {arguments}"), f"--data_dir={tmp_path}"
-    )
+    resolved = program.resolve(*shlex.split(f"{_SMALL_RUN} {arguments}"), f"--data_dir={tmp_path}")
     where = tpu_compilation.find_slice(resolved["tpu_topology"])
     return check_tpu.open_step(resolved, where)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tries many command lines in one process, without TensorFlow.
 
-Reads a JSON list of command lines, each a list of words, from standard input.
-Writes a JSON list of results: exit code, standard error, and the name of an
-exception that was not caught. A command line that is accepted ends with code 0.
+Reads a JSON list of command lines, each a list of words, from standard input. Writes a JSON list of
+results: exit code, standard error, and the name of an exception that was not caught. A command line
+that is accepted ends with code 0.
 """
 
 import contextlib

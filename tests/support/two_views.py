@@ -50,9 +50,7 @@ def check_lightly_cases(numbers, name, loss, arguments):
             functools.partial(loss, **options),
             *(tf.constant(numbers[f"z{view}_{key}"]) for view in (0, 1)),
         )
-        np.testing.assert_allclose(
-            value, numbers[f"loss_{key}"], rtol=1e-5, err_msg=case
-        )
+        np.testing.assert_allclose(value, numbers[f"loss_{key}"], rtol=1e-5, err_msg=case)
         for view, gradient in enumerate(gradients):
             expected = numbers[f"g{view}_{key}"]
             np.testing.assert_allclose(
@@ -70,9 +68,7 @@ def check_replicas(loss):
 
     def shared(z1, z2):
         views = list(zip(tf.split(z1, 4), tf.split(z2, 4), strict=True))
-        losses = [
-            loss(*views[r], gather=known_gather(views, r)) for r in range(4)
-        ]
+        losses = [loss(*views[r], gather=known_gather(views, r)) for r in range(4)]
         return tf.add_n(losses) / 4
 
     mean, gradients = _values_and_gradients(shared, z1, z2)

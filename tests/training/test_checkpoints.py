@@ -33,9 +33,7 @@ def test_restore_latest_restores_newest_and_keeps_max_to_keep(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["index", "data-00000-of-00001"])
-def test_restore_latest_truncated_newest_restores_the_one_before(
-    tmp_path, suffix
-):
+def test_restore_latest_truncated_newest_restores_the_one_before(tmp_path, suffix):
     saved, variable = _saved(tmp_path)
     path = tmp_path / f"ckpt-3.{suffix}"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -52,12 +50,8 @@ def test_restore_latest_flipped_bit_restores_the_one_before(tmp_path):
     assert saved.restore_latest() == 2
 
 
-@pytest.mark.parametrize(
-    "kind", [tf.errors.UnavailableError, tf.errors.FailedPreconditionError]
-)
-def test_restore_latest_without_a_device_or_network_raises_its_error(
-    tmp_path, monkeypatch, kind
-):
+@pytest.mark.parametrize("kind", [tf.errors.UnavailableError, tf.errors.FailedPreconditionError])
+def test_restore_latest_without_a_device_or_network_raises_its_error(tmp_path, monkeypatch, kind):
     """The checkpoint may be whole: an older one must not take its place."""
     saved, _ = _saved(tmp_path)
 

@@ -9,9 +9,7 @@ from contrastive.config.completion import complete
 from contrastive.training import config as config_lib
 from tests.support import program
 
-_DATA = types.SimpleNamespace(
-    num_examples=50_000, num_classes=10, channels=3, image_size=(32, 32)
-)
+_DATA = types.SimpleNamespace(num_examples=50_000, num_classes=10, channels=3, image_size=(32, 32))
 
 
 def _make(*words, num_replicas=1):
@@ -23,9 +21,7 @@ def _make(*words, num_replicas=1):
     ("scaling", "expected"),
     [("linear", 0.3 * 4096 / 256), ("sqrt", 0.3 * 64), ("none", 0.3)],
 )
-def test_scaled_learning_rate_of_each_scaling_equals_its_formula(
-    scaling, expected
-):
+def test_scaled_learning_rate_of_each_scaling_equals_its_formula(scaling, expected):
     rate = config_lib.scaled_learning_rate(0.3, 4096, scaling)
     assert rate == pytest.approx(expected, rel=1e-12)
 

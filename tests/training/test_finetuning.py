@@ -37,9 +37,7 @@ def test_finetuning_moves_no_frozen_variable(pretrained, tmp_path, after_block):
     assert result["train_mode"] == "finetune"
 
 
-def test_finetuning_on_a_layer_of_the_projection_trains_up_to_it(
-    pretrained, tmp_path
-):
+def test_finetuning_on_a_layer_of_the_projection_trains_up_to_it(pretrained, tmp_path):
     code = program.main(
         f"--model_dir={tmp_path}",
         f"--checkpoint={pretrained}",
@@ -54,17 +52,13 @@ def test_finetuning_on_a_layer_of_the_projection_trains_up_to_it(
     moved = {
         key
         for key in before
-        if key.startswith("projection/")
-        and not np.array_equal(before[key], after[key])
+        if key.startswith("projection/") and not np.array_equal(before[key], after[key])
     }
-    # The first layer of three, with its BatchNorm: kernel, gamma, beta and
-    # two statistics.
+    # The first layer of three, with its BatchNorm: kernel, gamma, beta and two statistics.
     assert len(moved) == 5
 
 
-def test_finetuning_of_the_target_on_labelled_images_starts_from_it(
-    semppl, tmp_path, caplog
-):
+def test_finetuning_of_the_target_on_labelled_images_starts_from_it(semppl, tmp_path, caplog):
     code = program.main(
         f"--model_dir={tmp_path}",
         f"--checkpoint={semppl[1]}",
@@ -90,9 +84,7 @@ def test_finetuning_of_the_target_on_labelled_images_starts_from_it(
     assert sum(online) > 40
 
 
-def test_finetuning_on_labelled_images_of_another_split_is_refused(
-    semppl, tmp_path, capsys
-):
+def test_finetuning_on_labelled_images_of_another_split_is_refused(semppl, tmp_path, capsys):
     code = program.main(
         f"--model_dir={tmp_path}",
         f"--checkpoint={semppl[1]}",

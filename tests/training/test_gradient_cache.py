@@ -14,16 +14,16 @@ from contrastive.training import loop
 from contrastive.training.state import TrainState
 from tests.support import replica_run
 
-# A penalty, a trained temperature, a queue and small views, and statistics of
-# the batch; the others are slow tests.
+# A penalty, a trained temperature, a queue and small views, and statistics of the batch; the others
+# are slow tests.
 _FAST = ("wpc", "siglip", "semppl", "barlow_twins", "vicreg")
 
 
 def _two_steps(objective, parts):
     """Returns metrics of two steps and how far every variable moved.
 
-    BatchNorm is frozen: then no row of a batch depends on another one before
-    the loss, and gradients by parts are those of the whole batch.
+    BatchNorm is frozen: then no row of a batch depends on another one before the loss, and
+    gradients by parts are those of the whole batch.
     """
     networks = replica_run.build_networks(objective)
     for part in networks.models().values():
@@ -66,9 +66,7 @@ def _two_steps(objective, parts):
     ],
 )
 def test_gradients_of_two_parts_equal_those_of_the_whole_batch(objective):
-    (one, moved), (two, moved_in_parts) = (
-        _two_steps(objective, parts) for parts in (1, 2)
-    )
+    (one, moved), (two, moved_in_parts) = (_two_steps(objective, parts) for parts in (1, 2))
     np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
     assert sum(np.any(change) for change in moved.values()) > 5
     for path, change in moved.items():

@@ -62,9 +62,7 @@ def test_pretraining_on_cifar10_beats_the_random_encoder(prepared, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", objective_lib.OBJECTIVES)
-def test_pretraining_by_every_objective_beats_the_random_encoder(
-    objective, tmp_path
-):
+def test_pretraining_by_every_objective_beats_the_random_encoder(objective, tmp_path):
     random, trained = _gain(
         tmp_path,
         "photo_patches",

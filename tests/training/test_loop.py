@@ -127,9 +127,7 @@ def test_eval_beside_a_training_evaluates_until_its_end(killed, whole):
     for title in ("Pretraining", "Map of embeddings", "Confusion"):
         assert f"<h2>{title}</h2>" in page
     assert "Left out" not in page
-    events = event_accumulator.EventAccumulator(
-        str(killed[0] / "eval"), {"tensors": 0}
-    )
+    events = event_accumulator.EventAccumulator(str(killed[0] / "eval"), {"tensors": 0})
     events.Reload()
     points = events.Tensors("eval/top_1_accuracy")
     assert points[-1].step == _STEPS
@@ -175,16 +173,12 @@ def test_train_in_a_bucket_saves_resumes_and_reports():
     for steps in (2, 4):
         assert program.main(*words, f"--train_steps={steps}") == 0
     names = tf.io.gfile.listdir(directory)
-    assert {"run.json", "report.html", "ckpt-2.index", "ckpt-4.index"} <= {
-        *names
-    }
+    assert {"run.json", "report.html", "ckpt-2.index", "ckpt-4.index"} <= {*names}
     with tf.io.gfile.GFile(f"{directory}/result.json") as file:
         assert json.load(file)["global_step"] == 4
 
 
-@pytest.mark.parametrize(
-    "objective", ["simclr", pytest.param("semppl", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("objective", ["simclr", pytest.param("semppl", marks=pytest.mark.slow)])
 def test_compiled_loop_under_xla_computes_the_same(objective, tmp_path):
     metrics = []
     for jit in ("true", "false"):
@@ -194,9 +188,7 @@ def test_compiled_loop_under_xla_computes_the_same(objective, tmp_path):
         assert program.main(f"--model_dir={directory}", *words) == 0
         metrics.append(runs.scalars(directory)[0])
     for tag in ("train/loss", "train/probe_loss", "train/effective_rank"):
-        np.testing.assert_allclose(
-            metrics[0][tag], metrics[1][tag], rtol=2e-2, err_msg=tag
-        )
+        np.testing.assert_allclose(metrics[0][tag], metrics[1][tag], rtol=2e-2, err_msg=tag)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +197,7 @@ def test_compiled_loop_under_xla_computes_the_same(objective, tmp_path):
 )
 def test_check_finite_weights_any_variable_of_the_state_raises(layer, index):
     networks = replica_run.build_networks("siglip")
-    state = TrainState.create(
-        replica_run.config("siglip", "momentum"), networks
-    )
+    state = TrainState.create(replica_run.config("siglip", "momentum"), networks)
     loop._check_finite_weights(state, 7)
     variable = state.layers()[layer].variables[index]
     variable.assign(np.full(variable.shape, np.nan))

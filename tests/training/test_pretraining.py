@@ -47,9 +47,7 @@ def test_pretraining_of_each_kind_of_step_trains(words, tmp_path):
         )
 
 
-def test_pretraining_from_a_checkpoint_starts_its_target_there(
-    pretrained, tmp_path
-):
+def test_pretraining_from_a_checkpoint_starts_its_target_there(pretrained, tmp_path):
     words = [*runs.SMALL, "--objective=byol", "--padding=fixed"]
     words += ["--proj_head_mode=nonlinear", "--proj_hidden_dim=16"]
     code = program.main(
@@ -66,8 +64,6 @@ def test_pretraining_from_a_checkpoint_starts_its_target_there(
         part, _, name = key.partition("/")
         if part in ("encoder", "projection") and "moving" not in name:
             # To the rounding of a step's moving average.
-            np.testing.assert_allclose(
-                after[f"target_{key}"], value, rtol=1e-6, err_msg=key
-            )
+            np.testing.assert_allclose(after[f"target_{key}"], value, rtol=1e-6, err_msg=key)
             compared += 1
     assert compared > 40

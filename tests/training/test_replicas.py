@@ -80,8 +80,8 @@ def _of_case(trace, case):
 def _check_equal(several, one):
     """Compares metrics, gradients, weights, statistics and objectives' states.
 
-    The first step agrees to rounding; later steps amplify it, where one of the
-    few units crosses the kink of its ReLU.
+    The first step agrees to rounding; later steps amplify it, where one of the few units crosses
+    the kink of its ReLU.
     """
     assert several.keys() == one.keys()
     assert len(one) > 20
@@ -104,9 +104,7 @@ def _check_equal(several, one):
     }
     if any("|objective_state/" in key for key in one):
         kinds.add("objective's state, step 3")
-    assert {row.what for row in found if row.holds} == kinds, selftest.table(
-        found
-    )
+    assert {row.what for row in found if row.holds} == kinds, selftest.table(found)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +126,7 @@ def test_trace_on_four_replicas_equals_one_device(runs, slow_run, case):
     [
         (2, ["relic:momentum"]),
         pytest.param(2, _CASES, marks=pytest.mark.slow),
-        pytest.param(
-            4, _CASES_OF_FOUR + _SLOW_CASES_OF_FOUR, marks=pytest.mark.slow
-        ),
+        pytest.param(4, _CASES_OF_FOUR + _SLOW_CASES_OF_FOUR, marks=pytest.mark.slow),
     ],
 )
 def test_trace_on_workers_equals_one_device(runs, tmp_path, count, cases):

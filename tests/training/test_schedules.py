@@ -50,9 +50,7 @@ def test_schedules_of_graph_tensors_equal_those_of_numbers():
     for step in (3, 10, 33):
         rate, decay = compiled(tf.constant(step, tf.int64))
         np.testing.assert_allclose(rate, schedule(step), rtol=1e-6)
-        np.testing.assert_allclose(
-            decay, schedules.ema_decay(step, 50, 0.99), rtol=1e-6
-        )
+        np.testing.assert_allclose(decay, schedules.ema_decay(step, 50, 0.99), rtol=1e-6)
 
 
 def test_warmup_cosine_of_deepminds_arguments_equals_its_numbers(golden):
@@ -70,10 +68,7 @@ def test_warmup_cosine_of_deepminds_arguments_equals_its_numbers(golden):
 def test_ema_decay_of_deepminds_arguments_equals_its_numbers(golden):
     arrays = golden("lars_deepmind.npz")
     np.testing.assert_allclose(
-        [
-            schedules.ema_decay(step, 1000, 0.996)
-            for step in arrays["sched_steps"]
-        ],
+        [schedules.ema_decay(step, 1000, 0.996) for step in arrays["sched_steps"]],
         arrays["sched_ema_base0.996_max1000"],
         rtol=1e-7,
         atol=1e-7,
@@ -89,8 +84,7 @@ def test_ema_decay_after_the_last_step_is_one():
 
 def test_ema_decay_with_copies_and_pauses_is_0_and_1():
     decays = [
-        float(schedules.ema_decay(step, 100, 0.9, copy_until=2, every=3))
-        for step in range(7)
+        float(schedules.ema_decay(step, 100, 0.9, copy_until=2, every=3)) for step in range(7)
     ]
     assert decays[:3] == [0, 0, 0]
     assert decays[4:6] == [1, 1]
@@ -107,9 +101,7 @@ def test_warmup_cosine_without_decay_keeps_the_peak():
 def test_warmup_cosine_config_has_every_argument():
     schedule = schedules.WarmupCosine(2.0, warmup_steps=10, total_steps=50)
     fields = schedule.get_config()
-    assert set(fields) == set(
-        inspect.signature(schedules.WarmupCosine).parameters
-    )
+    assert set(fields) == set(inspect.signature(schedules.WarmupCosine).parameters)
     serialized = keras.saving.serialize_keras_object(schedule)
     copy = keras.saving.deserialize_keras_object(serialized)
     assert copy.get_config() == fields

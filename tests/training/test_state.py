@@ -17,9 +17,7 @@ _WITH_STATE = ("semppl", "siglip")
 
 
 def _bytes(variables):
-    return sum(
-        math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables
-    )
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
 def _create(objective, **hyperparameters):
@@ -27,9 +25,7 @@ def _create(objective, **hyperparameters):
         replica_run.config(objective, "momentum"),
         objective=replica_run.make_objective(objective, **hyperparameters),
     )
-    return config, TrainState.create(
-        config, replica_run.build_networks(objective)
-    )
+    return config, TrainState.create(config, replica_run.build_networks(objective))
 
 
 @pytest.mark.parametrize(
@@ -42,9 +38,7 @@ def _create(objective, **hyperparameters):
         ("siglip", {"learnable_temperature": False}, False),
     ],
 )
-def test_state_bytes_equal_the_built_state_and_optimizer(
-    objective, hyperparameters, has_state
-):
+def test_state_bytes_equal_the_built_state_and_optimizer(objective, hyperparameters, has_state):
     config, state = _create(objective, **hyperparameters)
     built = 0
     if state.objective_state is not None:
@@ -97,8 +91,7 @@ def test_restore_after_a_stop_restores_queue_target_and_draws(semppl):
 def test_restore_after_a_stop_restores_a_trained_temperature(tmp_path):
     words = [*runs.SMALL, "--objective=relic", "--use_siglip"]
     stopped, whole = (
-        runs.tensors(directory, 8)
-        for directory in runs.stopped_and_whole(tmp_path, words)
+        runs.tensors(directory, 8) for directory in runs.stopped_and_whole(tmp_path, words)
     )
     groups = {name.split("/")[0] for name in whole}
     assert {"objective_state", "objective_optimizer"} <= groups
@@ -107,9 +100,7 @@ def test_restore_after_a_stop_restores_a_trained_temperature(tmp_path):
         np.testing.assert_array_equal(stopped[name], value, name)
 
 
-def test_restore_by_another_architecture_is_refused_with_its_flag(
-    pretrained, capsys
-):
+def test_restore_by_another_architecture_is_refused_with_its_flag(pretrained, capsys):
     words = [f"--model_dir={pretrained}", *runs.SMALL, "--train_steps=6"]
     assert program.main(*words, "--resnet_depth=18") == 2
     error = capsys.readouterr().err

@@ -51,8 +51,7 @@ def _differing(changed):
             lambda x: 1.05 * x,
             "BatchNorm statistics, step 1",
         ),
-        # The difference is a tenth of the movement, 0.01, and a small part of
-        # the weights.
+        # The difference is a tenth of the movement, 0.01, and a small part of the weights.
         (
             "variable|5|encoder/kernel",
             lambda x: x + 0.001,

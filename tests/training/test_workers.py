@@ -25,11 +25,7 @@ _LOST = 75
 
 def _start(config, model_dir, *more, pause_at=None):
     return processes.Process(
-        *(
-            ("tests/support/pausing_run.py", pause_at)
-            if pause_at
-            else ("run.py",)
-        ),
+        *(("tests/support/pausing_run.py", pause_at) if pause_at else ("run.py",)),
         *_FLAGS,
         f"--model_dir={model_dir}",
         *more,
@@ -75,10 +71,7 @@ def test_train_on_workers_ends_as_on_one_machine(count, tmp_path):
     ]
     events, report = ({f.split(".")[0] for f in names} for names in files)
     assert events == report
-    results = [
-        json.loads((tmp_path / n / "result.json").read_text())
-        for n in ("one", "several")
-    ]
+    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "several")]
     assert results[0]["num_examples"] == results[1]["num_examples"] == 2000
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-2)
 
@@ -91,9 +84,7 @@ def test_train_on_workers_only_the_chief_writes(tmp_path):
     def train(steps, code):
         started = [
             _start(config, folder, f"--train_steps={steps}")
-            for config, folder in zip(
-                cluster.tf_configs(2), folders, strict=True
-            )
+            for config, folder in zip(cluster.tf_configs(2), folders, strict=True)
         ]
         return _finish(started, code)
 

@@ -80,9 +80,7 @@ def test_load_encoder_keras_file_gives_the_features(exported):
     folder, _ = exported
     ours = loading.load_encoder(str(folder))
     read = loading.load_encoder(str(folder / "export" / "encoder.keras"))
-    np.testing.assert_allclose(
-        ours(_images()), read(_images()), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(ours(_images()), read(_images()), rtol=1e-5, atol=1e-5)
 
 
 def test_write_keras_names_only_modules_of_keras(exported):
@@ -94,9 +92,7 @@ def test_write_keras_names_only_modules_of_keras(exported):
         if isinstance(node, dict):
             yield node.get("module")
             node = node.values()
-        if not isinstance(node, str) and isinstance(
-            node, collections.abc.Iterable
-        ):
+        if not isinstance(node, str) and isinstance(node, collections.abc.Iterable):
             for child in node:
                 yield from modules(child)
 
@@ -145,10 +141,7 @@ def test_write_saved_model_can_be_trained(exported):
     folder, _ = exported
     module = tf.saved_model.load(str(folder / "export" / "saved_model"))
     networks = loading.load_networks(str(folder))
-    expected = sum(
-        len(network.trainable_variables)
-        for network in networks.models().values()
-    )
+    expected = sum(len(network.trainable_variables) for network in networks.models().values())
     assert len(module.trainable_variables) == expected
     assert len(module.trainable_variables_list) == expected
     before = {key: v.numpy() for key, v in module.encoder.items()}
@@ -158,17 +151,11 @@ def test_write_saved_model_can_be_trained(exported):
     for gradient in _gradients(module, tf.constant(_images())):
         assert gradient is not None
         assert np.abs(gradient).max() > 0
-    moved = {
-        key
-        for key, variable in module.encoder.items()
-        if np.any(before[key] != variable)
-    }
+    moved = {key for key, variable in module.encoder.items() if np.any(before[key] != variable)}
     assert moved == {key for key in before if "moving" in key}
 
 
-def test_write_saved_model_custom_gradients_can_be_trained(
-    tmp_path, monkeypatch
-):
+def test_write_saved_model_custom_gradients_can_be_trained(tmp_path, monkeypatch):
     def build(fields, **_):
         encoder = small_encoder(fields)
         x = keras.layers.Activation("silu")(encoder.layers[-2].output)
@@ -188,17 +175,13 @@ def test_write_saved_model_custom_gradients_can_be_trained(
 def test_write_onnx_names_inputs_and_outputs(tmp_path):
     pytest.importorskip("tf2onnx")
     runtime = pytest.importorskip("onnxruntime")
-    networks = objective_networks(
-        image_mean=_MEAN, image_std=_STD, num_classes=7
-    )
+    networks = objective_networks(image_mean=_MEAN, image_std=_STD, num_classes=7)
     card = export.write(networks, str(tmp_path), ["onnx"], _images(), {})
     assert card["formats"]["onnx"]["relative_difference"] < 1e-5
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     assert [i.name for i in session.get_inputs()] == ["images"]
     for count in (1, 3):  # any number of images
-        features, logits = session.run(
-            ["final_avg_pool", "logits_sup"], {"images": _images(count)}
-        )
+        features, logits = session.run(["final_avg_pool", "logits_sup"], {"images": _images(count)})
         assert features.shape == (count, 64)
         assert logits.shape == (count, 7)
 
@@ -217,9 +200,7 @@ def test_write_onnx_names_inputs_and_outputs(tmp_path):
         ({"shortcuts": "always"}, "--shortcuts=needed"),
     ],
 )
-def test_write_torchvision_unknown_architecture_is_refused(
-    tmp_path, changes, reason
-):
+def test_write_torchvision_unknown_architecture_is_refused(tmp_path, changes, reason):
     networks = objective_networks(**(_TORCH | changes))
     with pytest.raises(CannotExport, match=reason):
         export.WRITERS["torchvision"](networks, str(tmp_path))
@@ -237,15 +218,11 @@ def test_write_torchvision_computes_the_same(tmp_path, stem):
     assert card["formats"]["torchvision"]["relative_difference"] < 1e-5
 
 
-def test_write_torchvision_without_torch_writes_safetensors_alone(
-    tmp_path, monkeypatch
-):
+def test_write_torchvision_without_torch_writes_safetensors_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision, "_has_torch", lambda: False)
     networks = objective_networks(**_TORCH, num_classes=7)
     export.WRITERS["torchvision"](networks, str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "torchvision.safetensors"
-    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["torchvision.safetensors"]
     weights = safetensors.numpy.load_file(tmp_path / "torchvision.safetensors")
     for layer, theirs in (
         ("initial_conv", "conv1"),
@@ -255,9 +232,7 @@ def test_write_torchvision_without_torch_writes_safetensors_alone(
     ):
         np.testing.assert_array_equal(
             weights[f"{theirs}.weight"],
-            networks.encoder.get_layer(layer)
-            .kernel.numpy()
-            .transpose(3, 2, 0, 1),
+            networks.encoder.get_layer(layer).kernel.numpy().transpose(3, 2, 0, 1),
         )
     kernel, bias = networks.classifier.get_weights()
     np.testing.assert_array_equal(weights["fc.weight"], kernel.T)
@@ -268,9 +243,7 @@ def test_write_torchvision_without_torch_writes_safetensors_alone(
 
 def test_write_torchvision_with_torch_writes_equal_pth(tmp_path):
     torch = pytest.importorskip("torch")
-    export.WRITERS["torchvision"](
-        objective_networks(**_TORCH, num_classes=7), str(tmp_path)
-    )
+    export.WRITERS["torchvision"](objective_networks(**_TORCH, num_classes=7), str(tmp_path))
     weights = torch.load(tmp_path / "torchvision.pth", weights_only=True)
     same = safetensors.numpy.load_file(tmp_path / "torchvision.safetensors")
     assert set(weights) == set(same)
@@ -282,9 +255,7 @@ def test_write_output_that_differs_leaves_no_file(tmp_path, monkeypatch):
     networks = objective_networks(num_classes=0)
     expected = np.asarray(networks.features(_images(), training=False))
     for wrong in (1.001 * expected, np.nan * expected):
-        monkeypatch.setattr(
-            export, "_read", lambda *_, wrong=wrong: {"final_avg_pool": wrong}
-        )
+        monkeypatch.setattr(export, "_read", lambda *_, wrong=wrong: {"final_avg_pool": wrong})
         card = export.write(networks, str(tmp_path), ["keras"], _images(), {})
         assert "is off by" in card["formats"]["keras"]["refused"]
         assert [path.name for path in tmp_path.iterdir()] == [export.CARD]
@@ -304,9 +275,7 @@ def test_write_encoder_without_batch_norm_has_no_epsilon(tmp_path):
     features = keras.layers.GlobalAveragePooling2D()(
         keras.layers.Conv2D(networks.encoder.output_shape[-1], 3)(images)
     )
-    networks = dataclasses.replace(
-        networks, encoder=keras.Model(images, features)
-    )
+    networks = dataclasses.replace(networks, encoder=keras.Model(images, features))
     card = export.write(networks, str(tmp_path), ["keras"], _images(2), {})
     assert card["batch_norm_epsilon"] is None
     assert "refused" not in card["formats"]["keras"]
@@ -328,9 +297,7 @@ def test_write_replaces_earlier_export(tmp_path):
 def test_write_missing_packages_names_them(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "missing", list)
     networks = objective_networks(**_TORCH)
-    card = export.write(
-        networks, str(tmp_path), ["onnx", "torchvision"], _images(2), {}
-    )
+    card = export.write(networks, str(tmp_path), ["onnx", "torchvision"], _images(2), {})
     assert "requirements/export.txt" in card["formats"]["onnx"]["refused"]
     reason = card["formats"]["torchvision"]["not_compared"]
     assert reason == "pip install torch torchvision safetensors"
@@ -339,9 +306,7 @@ def test_write_missing_packages_names_them(tmp_path, monkeypatch):
 
 def test_write_unknown_format_raises(tmp_path):
     with pytest.raises(ValueError, match=r"saved_model, .*Received: tflite"):
-        export.write(
-            objective_networks(), str(tmp_path), ["tflite"], _images(2), {}
-        )
+        export.write(objective_networks(), str(tmp_path), ["tflite"], _images(2), {})
 
 
 def test_copy_with_keras_layers_mixed_precision_is_float32():
@@ -353,9 +318,7 @@ def test_copy_with_keras_layers_mixed_precision_is_float32():
     copies = export.copy_with_keras_layers(networks)
     for copy in copies.models().values():
         assert {layer.compute_dtype for layer in copy.layers} == {"float32"}
-        assert not any(
-            isinstance(layer, resnet.GlobalBatchNorm) for layer in copy.layers
-        )
+        assert not any(isinstance(layer, resnet.GlobalBatchNorm) for layer in copy.layers)
 
 
 @pytest.mark.slow

@@ -11,9 +11,7 @@ def test_formats_equal_those_of_writers_and_verify():
     assert {*verify.PACKAGES, "safetensors"} == set(formats.FORMATS)
 
 
-@pytest.mark.parametrize(
-    ("names", "received"), [(["tflite", "onnx"], "tflite"), ([], "none")]
-)
+@pytest.mark.parametrize(("names", "received"), [(["tflite", "onnx"], "tflite"), ([], "none")])
 def test_check_formats_unknown_or_none_raises(names, received):
     with pytest.raises(ValueError, match=f"Received: {received}"):
         formats.check_formats(names)

@@ -86,9 +86,7 @@ def test_load_encoder_other_architecture_raises(tmp_path):
 def test_load_encoder_nothing_there_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="No checkpoint at"):
         loading.load_encoder(str(tmp_path / "typo"))
-    checkpoints.TrainingCheckpoints(
-        str(tmp_path), step=new_step(), max_to_keep=1
-    ).save(1)
+    checkpoints.TrainingCheckpoints(str(tmp_path), step=new_step(), max_to_keep=1).save(1)
     with pytest.raises(ValueError, match="no run.json beside"):
         loading.load_encoder(str(tmp_path))
 
@@ -143,22 +141,16 @@ def test_flags_published_checkpoint_sets_them():
 def test_restore_pretrained_published_restores_encoder_alone():
     path = str(GOLDEN / "tiny_pretrain.pkl")
     found = loading.read_published(path)
-    networks = model.build_networks(
-        dataclasses.replace(found.architecture, num_classes=4)
-    )
+    networks = model.build_networks(dataclasses.replace(found.architecture, num_classes=4))
     loading.restore_pretrained(path, networks)
     for variable in networks.encoder.variables:
         np.testing.assert_array_equal(variable, found.weights[variable.path])
     networks = model.build_networks(
-        dataclasses.replace(
-            found.architecture, proj_head_mode="linear", ft_proj_selector=1
-        )
+        dataclasses.replace(found.architecture, proj_head_mode="linear", ft_proj_selector=1)
     )
     with pytest.raises(ValueError, match="no projection head"):
         loading.restore_pretrained(path, networks)
-    other = model.build_networks(
-        dataclasses.replace(found.architecture, stem="cifar")
-    )
+    other = model.build_networks(dataclasses.replace(found.architecture, stem="cifar"))
     with pytest.raises(ValueError, match="initial_conv/kernel"):
         loading.restore_pretrained(path, other)
 

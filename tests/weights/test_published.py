@@ -39,15 +39,11 @@ _BLOCK = "tiny_res_net/~/block_group_1/~/block_0/~"
             r"\(3, 3, 8, 9\) in the file, \(3, 3, 8, 8\) here",
         ),
         (
-            lambda p: p.update(
-                {f"{_BLOCK[:-3]}1/~/conv_0": {"w": np.ones((3, 3, 8, 8))}}
-            ),
+            lambda p: p.update({f"{_BLOCK[:-3]}1/~/conv_0": {"w": np.ones((3, 3, 8, 8))}}),
             r"\(1, 2, 1, 1\) basic blocks are no ResNet",
         ),
         (
-            lambda p: p.update(
-                {"other/~/initial_conv": p["tiny_res_net/~/initial_conv"]}
-            ),
+            lambda p: p.update({"other/~/initial_conv": p["tiny_res_net/~/initial_conv"]}),
             "2 online networks that may be meant",
         ),
     ],
@@ -66,10 +62,9 @@ def test_identify_unknown_tensors_lists_them():
 def test_identify_network_larger_than_file_raises_before_building_it():
     tensors = _changed(lambda _: None)
     huge = np.broadcast_to(np.float32(0), (3, 3, 64, 10**6))
-    tensors[
-        "experiment_state/online_params/tiny_res_net/~/block_group_0/~/block_0/"
-        "~/conv_0/w"
-    ] = huge
+    tensors["experiment_state/online_params/tiny_res_net/~/block_group_0/~/block_0/~/conv_0/w"] = (
+        huge
+    )
     with pytest.raises(ValueError, match="do not fit"):
         published.identify(tensors)
 
@@ -101,8 +96,6 @@ def test_read_architecture_fields_of_older_versions_are_ignored():
         ({"stem": "cifar"}, {}, "resnet_depth"),
     ],
 )
-def test_read_architecture_unknown_change_or_missing_field_raises(
-    record, changes, message
-):
+def test_read_architecture_unknown_change_or_missing_field_raises(record, changes, message):
     with pytest.raises(ValueError, match=message):
         model.Architecture.from_record(record, **changes)

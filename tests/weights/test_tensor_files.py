@@ -18,9 +18,7 @@ def test_read_other_files_raises(tmp_path):
             loading.load_encoder(str(path))
 
 
-def test_main_published_file_is_parsed_once_until_it_changes(
-    tmp_path, monkeypatch
-):
+def test_main_published_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
     """First for its architecture, then for its weights."""
     path = tmp_path / "encoder.pkl"
     shutil.copy(GOLDEN / "tiny_pretrain.pkl", path)

@@ -96,12 +96,8 @@ _HOSTILE = {
     "REDUCE": pickle.dumps(Reduced(os.system, _COMMAND), 2),
     "REDUCE 4": pickle.dumps(Reduced(os.system, _COMMAND), 4),
     "REDUCE 0": pickle.dumps(Reduced(os.system, _COMMAND), 0),
-    "nested": pickle.dumps(
-        {"a": [np.ones(3), {"b": (Reduced(os.system, _COMMAND),)}]}, 2
-    ),
-    "eval": pickle.dumps(
-        Reduced(eval, f"__import__('os').system({_COMMAND!r})"), 2
-    ),
+    "nested": pickle.dumps({"a": [np.ones(3), {"b": (Reduced(os.system, _COMMAND),)}]}, 2),
+    "eval": pickle.dumps(Reduced(eval, f"__import__('os').system({_COMMAND!r})"), 2),
     "INST": b"(S'touch executed'\nios\nsystem\n.",
     "OBJ": b"\x80\x02(" + _SYSTEM + _TEXT + b"o.",
     "NEWOBJ": b"\x80\x02" + _SYSTEM + _TEXT + b"\x85\x81.",
@@ -123,10 +119,7 @@ _HOSTILE = {
     + b"\x85R"
     + _TEXT
     + b"\x85R.",
-    "array of calls": b"\x80\x02cdill._dill\n_create_array\n("
-    + _SYSTEM
-    + _TEXT
-    + b"\x85)NtR.",
+    "array of calls": b"\x80\x02cdill._dill\n_create_array\n(" + _SYSTEM + _TEXT + b"\x85)NtR.",
     "dotted name": b"\x80\x04"
     + pickle.dumps("numpy", 4)[11:-2]
     + pickle.dumps("ndarray.__class__", 4)[11:-2]
@@ -137,9 +130,7 @@ _HOSTILE = {
     + b"\x86R.",
     "load": b"\x80\x02cnumpy\nload\n" + _TEXT + b"\x85R.",
     "persistent": b"\x80\x02" + _TEXT + b"Q.",
-    "object array": pickle.dumps(
-        np.array([Reduced(os.system, _COMMAND)], object), 2
-    ),
+    "object array": pickle.dumps(np.array([Reduced(os.system, _COMMAND)], object), 2),
 }
 
 

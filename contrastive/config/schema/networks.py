@@ -27,25 +27,22 @@ class ResNet:
     """The ResNet, if that is the encoder.
 
     Attributes:
-        stem: First layers of a ResNet: a 3x3 convolution of stride 1 (cifar),
-            or 7x7 of stride 2 and max-pooling (imagenet).
+        stem: First layers of a ResNet: a 3x3 convolution of stride 1 (cifar), or 7x7 of stride 2
+            and max-pooling (imagenet).
         resnet_depth: Number of layers of a ResNet.
         width_multiplier: Width multiplier applied to every layer.
-        padding: Padding of strided convolutions and the max-pooling: symmetric
-            for convolutions and TensorFlow's SAME for the pooling (fixed, as
-            SimCLR), SAME for both (same, as BYOL), or symmetric for both
-            (torch).
-        shortcuts: The first block of a group projects its shortcut always, or
-            only where its shape changes (needed, as torchvision).
-        preactivation: Place BatchNorm and ReLU before the convolutions (ResNet
-            version 2).
-        base_filters: Numbers of channels of the stem and the four groups,
-            before --width_multiplier.
-        sk_ratio: Ratio of selective kernels; 0 uses none, SimCLR v2 uses
-            0.0625.
+        padding: Padding of strided convolutions and the max-pooling: symmetric for convolutions and
+            TensorFlow's SAME for the pooling (fixed, as SimCLR), SAME for both (same, as BYOL), or
+            symmetric for both (torch).
+        shortcuts: The first block of a group projects its shortcut always, or only where its shape
+            changes (needed, as torchvision).
+        preactivation: Place BatchNorm and ReLU before the convolutions (ResNet version 2).
+        base_filters: Numbers of channels of the stem and the four groups, before
+            --width_multiplier.
+        sk_ratio: Ratio of selective kernels; 0 uses none, SimCLR v2 uses 0.0625.
         se_ratio: Ratio of squeeze-and-excitation; 0 uses none.
-        zero_init_residual: Initialize residual blocks as the identity: the last
-            BatchNorm scale of a block is 0.
+        zero_init_residual: Initialize residual blocks as the identity: the last BatchNorm scale of
+            a block is 0.
     """
 
     stem: str = field(
@@ -72,8 +69,8 @@ class Recomputation:
     """The memory of the encoder.
 
     Attributes:
-        remat: Recompute the blocks of a ResNet in the backward pass instead of
-            keeping their activations: less memory, about one more forward pass.
+        remat: Recompute the blocks of a ResNet in the backward pass instead of keeping their
+            activations: less memory, about one more forward pass.
     """
 
     remat: bool = field(False)
@@ -84,18 +81,15 @@ class Heads:
     """The heads on the encoder.
 
     Attributes:
-        proj_head_mode: Projection head: none, SimCLR's linear or nonlinear
-            head, or an mlp as in BYOL.
+        proj_head_mode: Projection head: none, SimCLR's linear or nonlinear head, or an mlp as in
+            BYOL.
         proj_out_dim: Number of dimensions of the projection.
-        proj_hidden_dim: Numbers of units of the hidden layers of the mlp head
-            and of the predictor.
-        proj_bn: Layers of the mlp head and of the predictor that are followed
-            by BatchNorm.
+        proj_hidden_dim: Numbers of units of the hidden layers of the mlp head and of the predictor.
+        proj_bn: Layers of the mlp head and of the predictor that are followed by BatchNorm.
         num_proj_layers: Number of layers of the nonlinear head.
-        predictor: Put a prediction head on the projection of the online
-            network.
-        ft_proj_selector: Layer of the projection head that the classifier
-            receives: 0 is the encoder's output, -1 the projection.
+        predictor: Put a prediction head on the projection of the online network.
+        ft_proj_selector: Layer of the projection head that the classifier receives: 0 is the
+            encoder's output, -1 the projection.
         zero_init_logits_layer: Initialize the classifier with zeros.
     """
 
@@ -110,26 +104,16 @@ class Heads:
             when.flag("proj_head_mode", "linear", "nonlinear", "mlp"),
         ),
     )
-    proj_hidden_dim: tuple[int, ...] = field(
-        (512,), minimum=1, applies=(when.PROJECTION, when.MLP)
-    )
-    proj_bn: str = field(
-        "hidden", choices=choices.MLP_NORMS, applies=(when.PROJECTION, when.MLP)
-    )
+    proj_hidden_dim: tuple[int, ...] = field((512,), minimum=1, applies=(when.PROJECTION, when.MLP))
+    proj_bn: str = field("hidden", choices=choices.MLP_NORMS, applies=(when.PROJECTION, when.MLP))
     num_proj_layers: int = field(
         3,
         minimum=1,
         applies=(when.PROJECTION, when.flag("proj_head_mode", "nonlinear")),
     )
-    predictor: bool = field(
-        False, inherit="never", applies=(when.PRETRAINING, when.MULTI_VIEW)
-    )
-    ft_proj_selector: int = field(
-        0, inherit="never", minimum=-1, applies=when.CLASSIFIER
-    )
-    zero_init_logits_layer: bool = field(
-        False, inherit="never", applies=when.CLASSIFIER
-    )
+    predictor: bool = field(False, inherit="never", applies=(when.PRETRAINING, when.MULTI_VIEW))
+    ft_proj_selector: int = field(0, inherit="never", minimum=-1, applies=when.CLASSIFIER)
+    zero_init_logits_layer: bool = field(False, inherit="never", applies=when.CLASSIFIER)
 
 
 @group("Networks")

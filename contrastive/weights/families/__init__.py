@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of published encoders: a file each, listed in `published.FAMILIES`.
 
-Each file has a function `find(tensors, target)` that returns the encoder of
-its family among the tensors of a file, or None if there is none. The paths of
-our variables are such as `block_group1_block2_conv3/kernel`.
+Each file has a function `find(tensors, target)` that returns the encoder of its family among the
+tensors of a file, or None if there is none. The paths of our variables are such as
+`block_group1_block2_conv3/kernel`.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ Tensors = Mapping[str, np.ndarray]
 _BN_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
 _PATH = re.compile(r"(?:block_group(\d)_block(\d+)_)?(\w+)/(\w+)")
 _MOST_BLOCKS = 36  # of a group
-# Tensors of an encoder that have no use here: the step counters of BatchNorm,
-# and haiku's averages before they are corrected by the counters.
+# Tensors of an encoder that have no use here: the step counters of BatchNorm, and haiku's averages
+# before they are corrected by the counters.
 _UNUSED = re.compile(r".*(num_batches_tracked|_ema/hidden|_ema/counter)")
 _HEADS = re.compile(r"(fc|head|classifier|logits|projector|projection)[./].+")
 
@@ -56,9 +56,7 @@ def split_path(path: str) -> tuple[str | None, int, str, str]:
     return group, int(block or 1) - 1, layer, weight
 
 
-def paths_by_name(
-    name: Callable[[str], str], layers: Iterable[str]
-) -> dict[str, str]:
+def paths_by_name(name: Callable[[str], str], layers: Iterable[str]) -> dict[str, str]:
     """Returns our path for each name that a function of paths can give."""
     blocks = itertools.product((1, 2, 3, 4), range(1, _MOST_BLOCKS + 1))
     prefixes = [f"block_group{group}_block{block}_" for group, block in blocks]

@@ -24,9 +24,7 @@ _WEIGHTS = {
     "moving_mean": "~/mean_ema/average",
     "moving_variance": "~/var_ema/average",
 }
-_STEM = re.compile(
-    r"((?:.*/)?(online|target)_params/(?:.+/)?)initial_conv(?:_\d+)?/w"
-)
+_STEM = re.compile(r"((?:.*/)?(online|target)_params/(?:.+/)?)initial_conv(?:_\d+)?/w")
 _STEM_NUMBER = r"^(initial_conv|initial_batchnorm|final_batchnorm)_\d+/"
 
 
@@ -36,9 +34,7 @@ def find(tensors: families.Tensors, target: bool) -> families.Found | None:
     if not stems:
         return None
     wanted = "target" if target else "online"
-    prefix = families.only(
-        [p for p, match in stems.items() if match[2] == wanted], stems, wanted
-    )
+    prefix = families.only([p for p, match in stems.items() if match[2] == wanted], stems, wanted)
     # After training on several devices, the first axis may be that of devices.
     has_devices = tensors[stems[prefix][0]].ndim == 5
     state = f"{wanted}_state/".join(prefix.rsplit(f"{wanted}_params/", 1))

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of SimCLR, and of RPC, which is a fork of it.
 
-The layers of the TensorFlow 1 code are numbered in their order of construction,
-those of the TensorFlow 2 code are in lists. In both cases, the order shows
-which layer is which.
+The layers of the TensorFlow 1 code are numbered in their order of construction, those of the
+TensorFlow 2 code are in lists. In both cases, the order shows which layer is which.
 
 Source: google-research/simclr@383d414, resnet.py and tf2/resnet.py.
 """
@@ -19,8 +18,8 @@ from contrastive.weights import families
 _SCOPE = re.compile(r"(.*?(?:base_model|resnet_model)/).*")
 _VARIABLE = re.compile(r"(.+)/(kernel|bias|gamma|beta|moving_\w+)")
 _TF1_LAYER = re.compile(r"(conv2d|batch_normalization)(?:_(\d+))?")
-# Objects of the TensorFlow 2 code that were constructed before their siblings,
-# although not in alphabetical order.
+# Objects of the TensorFlow 2 code that were constructed before their siblings, although not in
+# alphabetical order.
 _TF2_FIRST = (
     "initial_conv_relu_max_pool",
     "projection_layers",
@@ -85,14 +84,13 @@ def _name_in_order(
     layers: list[dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
     """Returns the weights of layers in order of construction, by our paths."""
-    # The kernel sizes show the kind of the blocks: 3-3, 1-3-1, and with
-    # selective kernels 1-3-(1-1)-1. The projection of a block's shortcut comes
-    # first. How convolutions and BatchNorms are interleaved does not matter.
+    # The kernel sizes show the kind of the blocks: 3-3, 1-3-1, and with selective kernels
+    # 1-3-(1-1)-1. The projection of a block's shortcut comes first. How convolutions and BatchNorms
+    # are interleaved does not matter.
     convs = [layer for layer in layers if "kernel" in layer]
     norms = [layer for layer in layers if "kernel" not in layer]
     sizes = "".join(
-        "e" if "bias" in layer else f"{(*layer['kernel'].shape, 0)[0]}"
-        for layer in convs
+        "e" if "bias" in layer else f"{(*layer['kernel'].shape, 0)[0]}" for layer in convs
     )
     for block in ("33", "131", "13111"):
         one = f"(1?)({block})((?:ee)?)"
@@ -116,12 +114,10 @@ def _name_in_order(
     )
 
 
-def _our_layers(
-    stem: str, blocks: Iterable[tuple[str, str, str]]
-) -> Iterator[str]:
+def _our_layers(stem: str, blocks: Iterable[tuple[str, str, str]]) -> Iterator[str]:
     """Yields the names of our layers in SimCLR's order of construction."""
-    # Given are the kernel sizes of the stem and, for each block, those of its
-    # shortcut, its residual branch and its squeeze-and-excitation.
+    # Given are the kernel sizes of the stem and, for each block, those of its shortcut, its
+    # residual branch and its squeeze-and-excitation.
     if stem == "333":
         yield from ("stem_conv1", "stem_bn1", "stem_conv2", "stem_bn2")
     yield from ("initial_conv", "initial_bn")

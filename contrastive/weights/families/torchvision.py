@@ -32,9 +32,7 @@ _WEIGHTS = {
     "moving_variance": "running_var",
 }
 # relic-pytorch's encoder is a torch.nn.Sequential of a ResNet's children.
-_CHILDREN = {"0": "conv1", "1": "bn1"} | {
-    str(group + 3): f"layer{group}" for group in (1, 2, 3, 4)
-}
+_CHILDREN = {"0": "conv1", "1": "bn1"} | {str(group + 3): f"layer{group}" for group in (1, 2, 3, 4)}
 _FIRST_BLOCK = re.compile(r"(.*?)(layer1|4)\.0\.conv1\.weight")
 _TARGET = re.compile(r"target|teacher|momentum|_ema|encoder_k")
 
@@ -113,8 +111,7 @@ def write(networks: model.Networks, directory: str) -> None:
     has_projection = architecture.proj_head_mode != "none"
     if networks.classifier and architecture.ft_proj_selector and has_projection:
         logging.warning(
-            "torchvision has no projection head: its file is without the "
-            "classifier on top of that."
+            "torchvision has no projection head: its file is without the classifier on top of that."
         )
     elif networks.classifier:
         kernel, bias = networks.classifier.get_weights()
@@ -129,9 +126,7 @@ def write(networks: model.Networks, directory: str) -> None:
         "std": list(architecture.image_std),
     }
     path = os.path.join(directory, verify.TORCHVISION_FILE)
-    safetensors.numpy.save_file(
-        weights, path, {"format": "pt", "torchvision": json.dumps(about)}
-    )
+    safetensors.numpy.save_file(weights, path, {"format": "pt", "torchvision": json.dumps(about)})
     if _has_torch():
         import torch
 
@@ -154,19 +149,14 @@ def _check_exportable(net: model.Architecture) -> None:
         "torchvision's ResNets have no pre-activation": net.preactivation,
         "torchvision's ResNets have no width_multiplier (width_per_group "
         "widens the middle of bottlenecks alone)": (
-            net.width_multiplier != 1.0
-            or tuple(net.base_filters) != resnet.BASE_FILTERS
+            net.width_multiplier != 1.0 or tuple(net.base_filters) != resnet.BASE_FILTERS
         ),
         "torchvision's ResNets see 3 channels": net.channels != 3,
         "torchvision pads both sides equally, and the same weights would give "
         f"other features than padding={net.padding}; train with "
-        "--padding=torch": (
-            net.padding == "same" or (net.padding == "fixed" and has_pool)
-        ),
+        "--padding=torch": (net.padding == "same" or (net.padding == "fixed" and has_pool)),
         "torchvision has no projection in the first group's shortcut; train "
-        "with --shortcuts=needed": (
-            net.shortcuts == "always" and not is_bottleneck
-        ),
+        "with --shortcuts=needed": (net.shortcuts == "always" and not is_bottleneck),
     }
     for reason, applies in reasons.items():
         if applies:

@@ -24,12 +24,8 @@ def test_find_checkpoint_of_reference_program_gives_its_embeddings(golden):
     check_embeddings(GOLDEN / "tiny_pretrain.pkl", "tiny", golden)
 
 
-@pytest.mark.parametrize(
-    ("devices", "protocol"), [(3, 2), (0, 2), (1, 4), (0, 5)]
-)
-def test_find_device_axes_and_protocols_give_the_embeddings(
-    tmp_path, golden, devices, protocol
-):
+@pytest.mark.parametrize(("devices", "protocol"), [(3, 2), (0, 2), (1, 4), (0, 5)])
+def test_find_device_axes_and_protocols_give_the_embeddings(tmp_path, golden, devices, protocol):
     path = tmp_path / "pretrain.pkl"
     path.write_bytes(pickle.dumps(pretrain("resnet18", devices), protocol))
     sizes = SIZES if (devices, protocol) == (3, 2) else SIZES[2:]
@@ -65,9 +61,7 @@ def _never(*_):
         "jax___src__device_array__reconstruct_device_array",
     ],
 )
-def test_find_flat_mappings_of_jax_arrays_give_the_embeddings(
-    tmp_path, golden, jax_function
-):
+def test_find_flat_mappings_of_jax_arrays_give_the_embeddings(tmp_path, golden, jax_function):
     def reconstruct(*_):
         _never()
 
@@ -97,8 +91,7 @@ def test_find_flat_mappings_of_jax_arrays_give_the_embeddings(
 
     content = pretrain("resnet18", devices=1)
     content["experiment_state"] = {
-        name: renamed(tree)
-        for name, tree in content["experiment_state"].items()
+        name: renamed(tree) for name, tree in content["experiment_state"].items()
     }
     path = tmp_path / "pretrain.pkl"
     with modules(
@@ -121,8 +114,7 @@ def _preactivation(images, parameters, state, prefix):
 
     def bn_relu(x, module):
         mean, variance = (
-            tensor(state, f"{module}/~/{kind}_ema", "average")
-            for kind in ("mean", "var")
+            tensor(state, f"{module}/~/{kind}_ema", "average") for kind in ("mean", "var")
         )
         x = (x - mean) / np.sqrt(variance + 1e-5)
         x = x * tensor(parameters, module, "scale")

@@ -11,8 +11,8 @@ import tensorflow as tf
 from contrastive.weights import loading, published
 from tests.support.encoders import check_features, random_networks
 
-# The convolutions and BatchNorms of a network of one basic block a group, in
-# the order in which SimCLR's TensorFlow 1 code makes, and so numbers, them.
+# The convolutions and BatchNorms of a network of one basic block a group, in the order in which
+# SimCLR's TensorFlow 1 code makes, and so numbers, them.
 _TF1_CONVS = {
     "base_model/conv2d": "initial_conv",
     "base_model/conv2d_1": "block_group1_block1_shortcut_conv",
@@ -293,13 +293,9 @@ def test_find_tf2_checkpoints_and_saved_models_give_the_features(
 
 
 def test_find_tf2_variable_without_a_place_lists_it(tmp_path):
-    network = random_networks(
-        resnet_depth=10, width_multiplier=0.125, padding="fixed"
-    ).encoder
+    network = random_networks(resnet_depth=10, width_multiplier=0.125, padding="fixed").encoder
     encoder = _Tf2Objects(network, (1,) * 4, False, 0, 0).encoder
     encoder.surprise = tf.Variable(tf.zeros(3))
-    path = tf.train.Checkpoint(model=_module(resnet_model=encoder)).write(
-        str(tmp_path / "model")
-    )
+    path = tf.train.Checkpoint(model=_module(resnet_model=encoder)).write(str(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"(?s)surprise\S* \(3,\)"):
         loading.load_encoder(path)

@@ -45,9 +45,7 @@ def test_find_state_dict_of_torchvision_gives_the_features(tmp_path, depth):
     foreign.write_torch(path, state_dict)
     check_features(loading.load_encoder(path), networks)
     path = str(tmp_path / "weights.safetensors")
-    safetensors.numpy.save_file(
-        {k: np.ascontiguousarray(v) for k, v in state_dict.items()}, path
-    )
+    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in state_dict.items()}, path)
     check_features(loading.load_encoder(path), networks)
 
 
@@ -61,9 +59,7 @@ def test_find_half_precision_within_other_modules_gives_the_features(tmp_path):
         variable.assign(tf.cast(tf.cast(variable, "bfloat16"), "float32"))
     tensors = state_dict_of(networks.encoder)
     small = {
-        name: array.astype(tf.bfloat16.as_numpy_dtype)
-        if array.dtype == np.float32
-        else array
+        name: array.astype(tf.bfloat16.as_numpy_dtype) if array.dtype == np.float32 else array
         for name, array in tensors.items()
     }
     content = {
